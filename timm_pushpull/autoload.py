@@ -1,0 +1,114 @@
+"""Registers the models as soon as timm is there, without importing timm or torch itself.
+
+PyTorch loads the entry-point group ``torch.backends`` at the end of ``import torch``, and an exception there would end
+that import for everybody. So this module imports the standard library alone, and what it does then is to wait: the
+models register once ``timm.models`` has been imported, in the thread that imports it and before anyone can use it.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+__all__ = ['autoload']
+
+_TIMM_MODELS = 'timm.models'
+
+
+def autoload() -> None:
+    """Register the push-pull models with timm: now if ``timm.models`` is imported, else when it will be.
+
+    May be called any number of times, from any thread. Never raises: what goes wrong is one warning.
+    """
+    try:
+        _TimmModelsFinder.install()
+        timm_models = sys.modules.get(_TIMM_MODELS)
+        if timm_models is not None:
+            spec = timm_models.__spec__
+            if getattr(spec, '_initializing', False):
+                # Another thread is importing it and looked for it before the finder was there.
+                spec.__class__ = _InitializingSpec  # type: ignore[union-attr]
+            if not getattr(spec, '_initializing', False):
+                _register()
+    except Exception as error:
+        _warn(error)
+
+
+def _register() -> None:
+    try:
+        # The import system runs the registrations once, whatever the number of calls and threads.
+        importlib.import_module('timm_pushpull.pushpull_resnet')
+    except Exception as error:
+        _warn(error)
+
+
+def _warn(error: Exception) -> None:
+    message = (
+        f'timm-pushpull could not register its models with timm ({type(error).__name__}: {error}). '
+        'Set TORCH_DEVICE_BACKEND_AUTOLOAD=0 or uninstall timm-pushpull to switch it off.'
+    )
+    try:
+        warnings.warn(message, stacklevel=2)
+    except Warning:  # warnings are errors here, and this one must not end the import of timm
+        print(message, file=sys.stderr)
+
+
+class _TimmModelsFinder(importlib.abc.MetaPathFinder):
+    """Finds ``timm.models`` as the other finders do, with a loader that registers the models after it."""
+
+    @classmethod
+    def install(cls) -> None:
+        if _TIMM_MODELS not in sys.modules and not any(isinstance(finder, cls) for finder in sys.meta_path):
+            sys.meta_path.insert(0, cls())
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _TIMM_MODELS:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _RegisteringLoader(spec.loader)
+                return spec
+        return None
+
+
+class _RegisteringLoader(importlib.abc.Loader):
+    """Runs the module's own loader, puts it back in its place, and registers the models."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = module.__spec__.loader = self.loader  # type: ignore[union-attr]
+        self.loader.exec_module(module)
+        _register()
+
+
+class _InitializingSpec(importlib.machinery.ModuleSpec):
+    """Spec of a module under import: registers the models when the import system marks it as done.
+
+    The import system clears ``_initializing`` when the module is complete, in the importing thread and while others
+    still wait for the module's lock.
+    """
+
+    @property
+    def _initializing(self) -> bool:
+        return self.__dict__.get('_initializing', False)
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        if not value and _TIMM_MODELS in sys.modules:  # gone from there if its import failed
+            _register()
+        self.__dict__['_initializing'] = value

@@ -1,0 +1,135 @@
+"""Checkpoints of the published code (PyTorch Lightning): their names, their settings, how to read them safely.
+
+Code: https://github.com/bgswaroop/pushpull-conv
+"""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from .pushpull_conv import PushPullConv2d
+
+__all__ = ['PublishedCheckpoint', 'allow_paths_in_checkpoints', 'read_published_checkpoint', 'rename_published']
+
+
+def rename_published(state_dict: dict[str, Any], model: nn.Module, prefix: str = '') -> None:
+    """Give published weights timm's names, in place; other weights stay as they are.
+
+    The bias of the first convolution goes into the mean of the BatchNorm after it, which leaves the logits of a model
+    in eval mode equal.
+
+    Args:
+        state_dict: Weights by name.
+        model: ResNet that will load them.
+        prefix: What stands before the ResNet's names.
+
+    Raises:
+        ValueError: If the model lacks the inhibition the weights were trained with.
+    """
+    if prefix + 'bn.running_mean' not in state_dict:
+        return
+    push_pull = prefix + 'conv1.push_conv.weight' in state_dict
+    trained_alpha = prefix + 'conv1.pull_inhibition_strength' in state_dict
+    stem: Any = model.conv1
+    if push_pull and not isinstance(stem, PushPullConv2d):
+        raise ValueError('The published checkpoint is one of a push-pull network, but the model has push_pull=False.')
+    if push_pull and not trained_alpha and stem.trainable_alpha:
+        raise ValueError(
+            'The published checkpoint was trained with a fixed inhibition strength, which its weights do not hold: '
+            "create the model with alpha=<the file's hyper_parameters['pull_inhibition_strength']> and "
+            'trainable_alpha=False.'
+        )
+    if prefix + 'conv1.bias' in state_dict:
+        running_mean = state_dict[prefix + 'bn.running_mean']
+        state_dict[prefix + 'bn.running_mean'] = running_mean - state_dict.pop(prefix + 'conv1.bias')
+    names = {
+        'conv1.push_conv.': 'conv1.',
+        'conv1.pull_inhibition_strength': 'conv1.alpha',
+        'bn.': 'bn1.',
+        'classifier.': 'fc.',
+    }
+    for published, ours in names.items():
+        for name in [name for name in state_dict if name.startswith(prefix + published)]:
+            state_dict[prefix + ours + name[len(prefix + published) :]] = state_dict.pop(name)
+
+
+def allow_paths_in_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)`` read the file paths that published files hold among their settings.
+
+    A path of either system is read as a pure one, which is a name and touches no file.
+    """
+    systems = {'Posix': pathlib.PurePosixPath, 'Windows': pathlib.PureWindowsPath}
+    torch.serialization.add_safe_globals(
+        [
+            (path_class, f'{module}.{kind}{system}Path')
+            for system, path_class in systems.items()
+            for module in ('pathlib', 'pathlib._local')
+            for kind in ('', 'Pure')
+        ]
+    )
+
+
+class PublishedCheckpoint(NamedTuple):
+    """What a published file holds of a network."""
+
+    architecture: str
+    """Name of the network for ``timm.create_model``."""
+    model_args: dict[str, Any]
+    """Its settings, as keyword arguments of ``timm.create_model``."""
+    state_dict: dict[str, torch.Tensor]
+    """Weights by the published names, which our networks load."""
+    left_out: list[str]
+    """Classes of the settings that were not read."""
+
+
+class _LeftOut:
+    """Stands for an object of a class that is not known to be harmless: keeps nothing, does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> '_LeftOut':
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_published_checkpoint(path: str) -> PublishedCheckpoint:
+    """Read a file of the published code, with its settings and without running anything it holds.
+
+    The settings may hold objects of any class (an augmentation, a logger). Those that are not plain data are left out
+    and named in the result.
+
+    Args:
+        path: A Lightning checkpoint (.ckpt).
+
+    Returns:
+        Architecture, settings, weights, and the classes that were left out.
+
+    Raises:
+        ValueError: If the file is not a published ResNet.
+    """
+    left_out = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(_LeftOut, name) for name in left_out]):
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    if not isinstance(checkpoint, dict) or not {'state_dict', 'hyper_parameters'} <= checkpoint.keys():
+        raise ValueError(f'{path} is not a checkpoint of the published code: it lacks state_dict or hyper_parameters.')
+    settings, state_dict = checkpoint['hyper_parameters'], checkpoint['state_dict']
+    if 'bn.running_mean' not in state_dict or 'conv1.bias' not in state_dict:
+        raise ValueError(f'{path} is not a ResNet of the published code: it lacks conv1.bias or bn.running_mean.')
+
+    weight = state_dict.get('conv1.push_conv.weight', state_dict.get('conv1.weight'))
+    architecture = f'pp_{settings["model"]}' + ('_cifar' if weight.shape[-1] == 3 else '')
+    model_args: dict[str, Any] = dict(
+        in_chans=weight.shape[1],
+        num_classes=state_dict['classifier.weight'].shape[0],
+        push_pull='conv1.push_conv.weight' in state_dict,
+    )
+    if model_args['push_pull']:
+        model_args.update(avg_pool_size=settings['avg_kernel_size'] or 0)
+        if 'conv1.pull_inhibition_strength' not in state_dict:
+            model_args.update(alpha=float(settings['pull_inhibition_strength']), trainable_alpha=False)
+    return PublishedCheckpoint(architecture, model_args, state_dict, left_out)

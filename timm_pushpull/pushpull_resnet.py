@@ -1,0 +1,220 @@
+"""Push-pull ResNets: timm's ResNet with a push-pull unit as its first convolution.
+
+Paper: `PushPull-Net: Inhibition-driven ResNet robust to image corruptions` - https://arxiv.org/abs/2408.04077
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from .published import allow_paths_in_checkpoints, rename_published
+from .pushpull_conv import PushPullConv2d
+
+__all__ = ['PushPullResNet']
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+class PushPullResNet(ResNet):
+    """ResNet whose first convolution is a :class:`~timm_pushpull.PushPullConv2d`.
+
+    Args:
+        *args: As timm's ``ResNet``.
+        push_pull: Put the unit in place; False leaves the plain convolution, for a baseline alike in all else.
+        avg_pool_size: Side of the window that averages the pull response, an odd number of pixels of the stem's
+            output; 0 for no averaging.
+        alpha: Inhibition strength; with ``trainable_alpha`` its initial value, None for uniform on [0, 1).
+        trainable_alpha: Train one alpha for each output channel of the stem; False keeps the given number.
+        stem_type: As timm's ``ResNet`` ('', 'deep', 'deep_tiered'), or 'cifar' for images of about 32x32: 3x3,
+            stride 1, no max-pool, so that every feature map is four times as large on a side as that of ``''``.
+        output_stride: Stride of the last feature map: 32, 16 or 8, with the 'cifar' stem 8, 4 or 2.
+        **kwargs: As timm's ``ResNet``.
+
+    Raises:
+        ValueError: As :class:`~timm_pushpull.PushPullConv2d`, or if the stride does not exist with the 'cifar' stem.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        push_pull: bool = True,
+        avg_pool_size: int = 3,
+        alpha: float | Sequence[float] | None = None,
+        trainable_alpha: bool = True,
+        stem_type: str = '',
+        output_stride: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        cifar = stem_type == 'cifar'
+        if cifar:
+            if output_stride not in (2, 4, 8, 16, 32):
+                raise ValueError(f"output_stride must be 8, 4 or 2 with stem_type='cifar', got {output_stride}.")
+            stem_type, output_stride = '', min(4 * output_stride, 32)
+        kwargs.update(stem_type=stem_type, output_stride=output_stride)
+        super().__init__(*args, **kwargs)
+        if cifar:
+            self._shrink_stem()
+        if push_pull:
+            name = 'conv1.0' if isinstance(self.conv1, nn.Sequential) else 'conv1'  # deep stem or a single convolution
+            conv: Any = self.get_submodule(name)
+            self.set_submodule(name, PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha))
+
+    def _shrink_stem(self) -> None:
+        conv = nn.Conv2d(self.in_chans, 64, kernel_size=3, padding=1, bias=False).to(next(self.conv1.parameters()))
+        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+        self.set_submodule('conv1', conv)
+        self.set_submodule('maxpool', nn.Identity())
+        info: dict[str, Any]
+        for info in self.feature_info:
+            info['reduction'] //= 2 if info['module'] == 'act1' else 4
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Renamed here too, because timm's `--initial-checkpoint` knows no filter function.
+        rename_published(state_dict, self, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Fit a checkpoint of this package, of timm's ResNet or of the published code to the model.
+
+    Args:
+        state_dict: Weights by name.
+        model: Network that will load them.
+
+    Returns:
+        Weights by the model's names, without alpha where the checkpoint has none.
+
+    Raises:
+        ValueError: If names are missing or left over, the classifier's aside: timm adapts that itself.
+    """
+    state_dict = dict(state_dict)
+    rename_published(state_dict, model)
+    names = model.state_dict().keys()
+    missing = [k for k in names - state_dict.keys() if not k.endswith(('.alpha', '.num_batches_tracked'))]
+    unexpected = list(state_dict.keys() - names)
+    reasons = [
+        f'{what} {", ".join(keys[:4])}{f" and {len(keys) - 4} more" if len(keys) > 4 else ""}'
+        for what, found in (('it lacks', missing), ('it has no place for', unexpected))
+        if (keys := sorted(k for k in found if not k.startswith('fc.')))
+    ]
+    if reasons:
+        raise ValueError(f'The checkpoint does not fit the model: {"; ".join(reasons)}.')
+    return state_dict
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'license': 'apache-2.0',
+        'origin_url': 'https://github.com/bgswaroop/pushpull-conv',
+        'paper_name': 'PushPull-Net: Inhibition-driven ResNet robust to image corruptions',
+        'paper_ids': 'arXiv:2408.04077',
+        **kwargs,
+    }
+
+
+def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+    return _cfg(
+        **{
+            'num_classes': 10,
+            'input_size': (3, 32, 32),
+            'pool_size': (4, 4),
+            'crop_pct': 1.0,
+            'mean': CIFAR10_MEAN,
+            'std': CIFAR10_STD,
+            **kwargs,
+        }
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'pp_resnet18.untrained': _cfg(),
+        'pp_resnet34.untrained': _cfg(),
+        'pp_resnet50.untrained': _cfg(),
+        'pp_resnet101.untrained': _cfg(),
+        'pp_resnet152.untrained': _cfg(),
+        'pp_resnext50_32x4d.untrained': _cfg(),
+        'pp_resnet18_cifar.untrained': _cifar_cfg(),
+        'pp_resnet50_cifar.untrained': _cifar_cfg(),
+    }
+)
+
+
+def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    return build_model_with_cfg(
+        PushPullResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+    )
+
+
+@register_model
+def pp_resnet18(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-18 with a push-pull stem."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_pushpull_resnet('pp_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet34(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-34 with a push-pull stem."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_pushpull_resnet('pp_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet50(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-50 with a push-pull stem."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_pushpull_resnet('pp_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet101(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-101 with a push-pull stem."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    return _create_pushpull_resnet('pp_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet152(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-152 with a push-pull stem."""
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+    return _create_pushpull_resnet('pp_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNeXt-50 32x4d with a push-pull stem."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    return _create_pushpull_resnet('pp_resnext50_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-18 for 32x32 images with a push-pull stem."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), stem_type='cifar')
+    return _create_pushpull_resnet('pp_resnet18_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-50 for 32x32 images with a push-pull stem."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), stem_type='cifar')
+    return _create_pushpull_resnet('pp_resnet50_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+allow_paths_in_checkpoints()
