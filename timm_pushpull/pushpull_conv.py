@@ -75,11 +75,12 @@ def push_pull_conv2d(
         ValueError: If the window is even or negative, or if alpha is neither one number nor one for each channel.
     """
     _check_avg_pool_size(avg_pool_size)
-    if isinstance(alpha, Tensor) and (alpha.dim() > 1 or (alpha.dim() == 1 and alpha.shape[0] != weight.shape[0])):
-        raise ValueError(
-            f'alpha must be one number or one for each of the {weight.shape[0]} output channels, '
-            f'got shape {list(alpha.shape)}.'
-        )
+    if isinstance(alpha, Tensor):
+        if alpha.dim() > 1 or (alpha.dim() == 1 and alpha.shape[0] != weight.shape[0]):
+            raise ValueError(
+                f'alpha must be one number or one for each of the {weight.shape[0]} output channels, '
+                f'got shape {list(alpha.shape)}.'
+            )
 
     # In half precision max + min would be rounded once for the whole kernel, an error that adds up over the window.
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))

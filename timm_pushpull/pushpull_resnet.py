@@ -70,8 +70,8 @@ class PushPullResNet(ResNet):
         nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
         self.set_submodule('conv1', conv)
         self.set_submodule('maxpool', nn.Identity())
-        info: dict[str, Any]
-        for info in self.feature_info:
+        for stage in self.feature_info:
+            info: dict[str, Any] = stage
             info['reduction'] //= 2 if info['module'] == 'act1' else 4
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
