@@ -7,6 +7,7 @@ from .autoload import autoload
 
 if TYPE_CHECKING:
     from .convert import convert_to_push_pull as convert_to_push_pull
+    from .published import convert_published_checkpoint as convert_published_checkpoint
     from .published import read_published_checkpoint as read_published_checkpoint
     from .pushpull_conv import PushPullConv2d as PushPullConv2d
     from .pushpull_conv import push_pull_conv2d as push_pull_conv2d
@@ -18,6 +19,7 @@ __version__ = '0.1.0'
 _MODULE_OF = {
     'PushPullConv2d': 'pushpull_conv',
     'PushPullResNet': 'pushpull_resnet',
+    'convert_published_checkpoint': 'published',
     'convert_to_push_pull': 'convert',
     'push_pull_conv2d': 'pushpull_conv',
     'read_published_checkpoint': 'published',

@@ -4,14 +4,23 @@ Code: https://github.com/bgswaroop/pushpull-conv
 """
 
 import pathlib
+import pickle
+import tempfile
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+from timm.models import create_model, is_model, list_models, save_for_hf
 
 from .pushpull_conv import PushPullConv2d
 
-__all__ = ['PublishedCheckpoint', 'allow_paths_in_checkpoints', 'read_published_checkpoint', 'rename_published']
+__all__ = [
+    'PublishedCheckpoint',
+    'allow_paths_in_checkpoints',
+    'convert_published_checkpoint',
+    'read_published_checkpoint',
+    'rename_published',
+]
 
 
 def rename_published(state_dict: dict[str, Any], model: nn.Module, prefix: str = '') -> None:
@@ -78,6 +87,8 @@ class PublishedCheckpoint(NamedTuple):
     """Name of the network for ``timm.create_model``."""
     model_args: dict[str, Any]
     """Its settings, as keyword arguments of ``timm.create_model``."""
+    pretrained_cfg: dict[str, Any]
+    """How its images were prepared, where that differs from the network's default."""
     state_dict: dict[str, torch.Tensor]
     """Weights by the published names, which our networks load."""
     left_out: list[str]
@@ -110,19 +121,30 @@ def read_published_checkpoint(path: str) -> PublishedCheckpoint:
         Architecture, settings, weights, and the classes that were left out.
 
     Raises:
-        ValueError: If the file is not a published ResNet.
+        ValueError: If the file is not a published ResNet, or if its settings cannot be read without running code.
     """
     left_out = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(_LeftOut, name) for name in left_out]):
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        with torch.serialization.safe_globals([(_LeftOut, name) for name in left_out]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f'{path} cannot be read without running what it holds: {", ".join(left_out)}. If you trust where it comes '
+            'from, load it with weights_only=False and save its state_dict and the plain hyper_parameters anew.'
+        ) from error
     if not isinstance(checkpoint, dict) or not {'state_dict', 'hyper_parameters'} <= checkpoint.keys():
         raise ValueError(f'{path} is not a checkpoint of the published code: it lacks state_dict or hyper_parameters.')
     settings, state_dict = checkpoint['hyper_parameters'], checkpoint['state_dict']
-    if 'bn.running_mean' not in state_dict or 'conv1.bias' not in state_dict:
-        raise ValueError(f'{path} is not a ResNet of the published code: it lacks conv1.bias or bn.running_mean.')
+    if not {'conv1.bias', 'bn.running_mean', 'classifier.weight'} <= state_dict.keys() or 'model' not in settings:
+        raise ValueError(
+            f'{path} is not a ResNet of the published code: it lacks conv1.bias, bn.running_mean, classifier.weight '
+            "or hyper_parameters['model']."
+        )
 
     weight = state_dict.get('conv1.push_conv.weight', state_dict.get('conv1.weight'))
-    architecture = f'pp_{settings["model"]}' + ('_cifar' if weight.shape[-1] == 3 else '')
+    cifar = weight.shape[-1] == 3
+    architecture = f'pp_{settings["model"]}' + ('_cifar' if cifar else '')
+    pretrained_cfg = dict(std=(0.2023, 0.1994, 0.2010)) if cifar else dict(crop_pct=1.0)
     model_args: dict[str, Any] = dict(
         in_chans=weight.shape[1],
         num_classes=state_dict['classifier.weight'].shape[0],
@@ -132,4 +154,36 @@ def read_published_checkpoint(path: str) -> PublishedCheckpoint:
         model_args.update(avg_pool_size=settings['avg_kernel_size'] or 0)
         if 'conv1.pull_inhibition_strength' not in state_dict:
             model_args.update(alpha=float(settings['pull_inhibition_strength']), trainable_alpha=False)
-    return PublishedCheckpoint(architecture, model_args, state_dict, left_out)
+    return PublishedCheckpoint(architecture, model_args, pretrained_cfg, state_dict, left_out)
+
+
+def convert_published_checkpoint(path: str, folder: str) -> PublishedCheckpoint:
+    """Write a file of the published code as a model folder of timm, for ``create_model('local-dir:...')``.
+
+    Args:
+        path: A Lightning checkpoint (.ckpt).
+        folder: Where config.json and model.safetensors go; must not exist.
+
+    Returns:
+        What was read.
+
+    Raises:
+        FileExistsError: If the folder exists.
+        ValueError: As :func:`read_published_checkpoint`, or if timm-pushpull has no such network.
+    """
+    target = pathlib.Path(folder)
+    if target.exists():
+        raise FileExistsError(f'{folder} exists: name a new folder.')
+    checkpoint = read_published_checkpoint(path)
+    if not is_model(checkpoint.architecture):
+        raise ValueError(f'{path} holds a {checkpoint.architecture}, which is not one of {list_models("pp_*")}.')
+    model = create_model(
+        checkpoint.architecture, pretrained_cfg_overlay=checkpoint.pretrained_cfg, **checkpoint.model_args
+    )
+    model.load_state_dict(checkpoint.state_dict)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}-') as unfinished:
+        written = pathlib.Path(unfinished) / target.name
+        save_for_hf(model, str(written), model_args=checkpoint.model_args, safe_serialization=True)
+        written.rename(target)
+    return checkpoint

@@ -1,0 +1,64 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from test_checkpoints import STEMS, published
+
+from timm_pushpull.cli import main
+from timm_pushpull.demo import NOISE_STDS, run_demo
+
+
+def test_demo_trains_both_networks():
+    pytest.importorskip('sklearn')
+    results = run_demo(epochs=2)
+    assert [result.network for result in results] == ['plain resnet18', 'pp_resnet18']
+    for result in results:
+        assert tuple(result.accuracy) == NOISE_STDS
+        assert result.accuracy[0.0] > 50  # ten classes: chance is 10
+
+
+def test_demo_without_its_extra(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'sklearn' else find_spec(name))
+    assert main(['demo']) == 2
+    assert capsys.readouterr().err == "timm-pushpull: The demo needs sklearn: pip install 'timm-pushpull[demo]'\n"
+
+
+def test_convert(tmp_path, capsys):
+    make_stem, hyper_parameters, _ = STEMS['pp5 fixed']
+    theirs = published(make_stem(), tmp_path / 'last.ckpt', trap=torch.nn.Dropout(), **hyper_parameters)
+    assert main(['convert', str(tmp_path / 'last.ckpt'), str(tmp_path / 'new' / 'model')]) == 0
+    assert 'pp_resnet18 (in_chans=3, num_classes=10, push_pull=True, avg_pool_size=5' in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / 'new').rglob('*')} == {'model', 'config.json', 'model.safetensors'}
+    ours = timm.create_model(f'local-dir:{tmp_path}/new/model', pretrained=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    assert ours.pretrained_cfg['crop_pct'] == 1.0
+
+
+@pytest.mark.parametrize(
+    'name, folder, message',
+    [
+        ('missing.ckpt', 'new', 'No such file'),
+        ('model.ckpt', '.', 'exists: name a new folder'),
+        ('model.ckpt', 'new', 'holds a pp_vgg, which is not one of'),
+    ],
+)
+def test_convert_refuses_in_one_line(name, folder, message, tmp_path, capsys):
+    published(torch.nn.Conv2d(3, 64, 7, 2, 3), tmp_path / 'model.ckpt', model='vgg')
+    assert main(['convert', str(tmp_path / name), str(tmp_path / folder)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1
+    assert not (tmp_path / 'new').exists()
+
+
+def test_command_is_installed():
+    command = Path(sys.executable).with_name('timm-pushpull')
+    result = subprocess.run([command, '--help'], capture_output=True, text=True, check=True)
+    assert 'demo' in result.stdout
+    result = subprocess.run([command, 'no-such-command'], capture_output=True, text=True)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr

@@ -1,0 +1,145 @@
+"""timm's own scripts, unmodified, on our networks: a few steps on a few small pictures."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+SCRIPTS = os.environ.get('TIMM_SCRIPTS')
+pytestmark = pytest.mark.skipif(
+    not SCRIPTS, reason="set TIMM_SCRIPTS to a checkout of timm's repository, whose scripts are not in its wheel"
+)
+MODEL = ['--model', 'pp_resnet18', '--num-classes', '2', '--device', 'cpu', '--workers', '1']
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Bright and dark noise, 32x32, 32 pictures of each for training and 8 for validation."""
+    folder = tmp_path_factory.mktemp('data')
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (('train', 32), ('validation', 8)):
+        for label, (low, high) in enumerate([(0, 160), (96, 256)]):
+            (folder / split / str(label)).mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(low, high, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / split / str(label) / f'{index}.png')
+    return folder
+
+
+def command(script, *arguments):
+    # -P: the installed timm, not the checkout's
+    return [sys.executable, '-P', str(Path(SCRIPTS) / script), *map(str, arguments)]
+
+
+def train_command(data, output, *options):
+    size = ('--input-size', '3', '32', '32', '--batch-size', '16')
+    recipe = ('--opt', 'sgd', '--lr', '0.01', '--warmup-epochs', '0', '--epochs', '2')
+    folders = ('--data-dir', data, '--output', output, '--experiment', 'run')
+    return command('train.py', *MODEL, *size, *recipe, *folders, *options)
+
+
+def run(arguments):
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def train(data, output, *options):
+    run(train_command(data, output, *options))
+    with open(output / 'run' / 'summary.csv') as file:
+        return [float(row['train_loss']) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        (),
+        ('--aa', 'original'),
+        ('--aa', 'augmix-m3-w3', '--aug-splits', '3', '--jsd-loss'),
+        ('--amp', '--amp-dtype', 'bfloat16'),
+        ('--channels-last',),
+        ('--torchcompile',),
+        ('--model-ema',),
+        ('--grad-checkpointing',),
+        ('--model-kwargs', 'avg_pool_size=5', 'alpha=0.5', 'trainable_alpha=False'),
+        ('--model-kwargs', 'push_pull=False'),
+    ],
+    ids=' '.join,
+)
+def test_train(options, data, tmp_path):
+    losses = train(data, tmp_path, *options)
+    assert len(losses) == 2 and losses[1] < losses[0]
+
+
+def test_killed_and_resumed(data, tmp_path):
+    process = subprocess.Popen(train_command(data, tmp_path, '--epochs', '50'), stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / 'run' / 'last.pth.tar'
+    for _ in range(1200):
+        if checkpoint.exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = torch.load(checkpoint, weights_only=False)['epoch'] + 1  # 'args' is a Namespace of our own making
+    resumed = tmp_path / 'resumed'
+    losses = train(data, resumed, '--epochs', done + 1, '--resume', checkpoint)
+    assert len(losses) == 1
+
+
+@pytest.fixture(scope='module')
+def checkpoint(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp('output')
+    train(data, output)
+    return output / 'run' / 'last.pth.tar'
+
+
+def test_initial_checkpoint(data, checkpoint, tmp_path):
+    first = train(data, tmp_path / 'a', '--epochs', '1')
+    second = train(data, tmp_path / 'b', '--epochs', '1', '--initial-checkpoint', checkpoint)
+    assert second[0] < first[0]
+
+
+@pytest.mark.parametrize(
+    'script, options',
+    [
+        ('validate.py', ('--data-dir', '{data}', '--split', 'validation', '--checkpoint', '{checkpoint}')),
+        (
+            'inference.py',
+            ('--data-dir', '{data}/validation', '--checkpoint', '{checkpoint}', '--output-dir', '{output}'),
+        ),
+    ],
+)
+def test_evaluate(script, options, data, checkpoint, tmp_path):
+    places = dict(data=data, checkpoint=checkpoint, output=tmp_path)
+    options = [option.format(**places) for option in options]
+    output = run(command(script, *MODEL, '--input-size', '3', '32', '32', '--batch-size', '8', *options))
+    assert 'top1' in output if script == 'validate.py' else list(tmp_path.iterdir())
+
+
+def test_benchmark(tmp_path):
+    small = ('--input-size', '3', '32', '32', '--batch-size', '4', '--num-bench-iter', '2', '--num-warm-iter', '1')
+    options = ('--model', 'pp_resnet18', '--device', 'cpu', '--bench', 'both', '--results-file', tmp_path / 'b.json')
+    run(command('benchmark.py', *options, *small))
+    assert '"model": "pp_resnet18"' in (tmp_path / 'b.json').read_text()
+
+
+def test_onnx_export(checkpoint, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    options = ('--model', 'pp_resnet18', '--num-classes', '2', '--img-size', '64', '--checkpoint', checkpoint)
+    run(command('onnx_export.py', tmp_path / 'model.onnx', *options))
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
+    (given,) = session.get_inputs()
+    x = torch.randn(1, 3, 64, 64)
+    (output,) = session.run(None, {given.name: x.numpy()})
+    import timm
+
+    model = timm.create_model('pp_resnet18', num_classes=2, checkpoint_path=checkpoint).eval()
+    torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-4)
