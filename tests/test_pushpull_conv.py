@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -257,6 +258,7 @@ def test_export(settings):
     torch.testing.assert_close(program.module()(x[:1]), layer(x[:1]))
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason='needs a C++ compiler')
 def test_compile_fullgraph():
     layer, x = layer_and_input()
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True)
