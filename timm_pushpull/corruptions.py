@@ -16,9 +16,27 @@ from PIL import Image
 
 from .measures import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
 
-__all__ = ['SEVERITIES', 'corrupt']
+__all__ = ['SEVERITIES', 'check_corruption', 'corrupt']
 
 SEVERITIES = (1, 2, 3, 4, 5)
+
+
+def check_corruption(corruption: str, severity: int) -> None:
+    """Refuse a corruption or a severity that does not exist.
+
+    Args:
+        corruption: Name of a test corruption or of a held-out one.
+        severity: From 1 to 5.
+
+    Raises:
+        ValueError: If it does not exist; the nearest name is given.
+    """
+    names = (*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS)
+    if corruption not in names:
+        near = difflib.get_close_matches(corruption, names, n=1, cutoff=0)[0]
+        raise ValueError(f'corruption must be one of {", ".join(names)}, got {corruption!r}; the nearest is {near!r}.')
+    if severity not in SEVERITIES:
+        raise ValueError(f'severity must be an integer from 1 to 5, got {severity}.')
 
 
 def corrupt(image: Image.Image, corruption: str, severity: int, index: int, seed: int = 0) -> Image.Image:
@@ -40,12 +58,7 @@ def corrupt(image: Image.Image, corruption: str, severity: int, index: int, seed
         ModuleNotFoundError: If imagecorruptions-imaug is not installed.
         ValueError: If the corruption or the severity does not exist, or if the picture is too small.
     """
-    names = (*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS)
-    if corruption not in names:
-        near = difflib.get_close_matches(corruption, names, n=1, cutoff=0)[0]
-        raise ValueError(f'corruption must be one of {", ".join(names)}, got {corruption!r}; the nearest is {near!r}.')
-    if severity not in SEVERITIES:
-        raise ValueError(f'severity must be an integer from 1 to 5, got {severity}.')
+    check_corruption(corruption, severity)
     if min(image.size) < 32:
         raise ValueError(f'image must be at least 32 pixels on each side, got {image.width}x{image.height}.')
     transform = getattr(_imagecorruptions(), corruption)
