@@ -37,11 +37,11 @@ def assert_runs(program, *options, **environment):
         'import timm',
         'import torch',
         'import timm.models.resnet',
-        'from timm.layers import StdConv2d',
         'import torch, timm.models',
         'import timm_pushpull',
         'from timm_pushpull import PushPullConv2d',
         'import timm_pushpull.pushpull_resnet',
+        'import timm_pushpull.published',
     ],
 )
 def test_models_are_registered_silently(first):

@@ -44,12 +44,14 @@ def test_convert(tmp_path, capsys):
     'name, folder, message',
     [
         ('missing.ckpt', 'new', 'No such file'),
+        ('text.ckpt', 'new', 'text.ckpt is not a checkpoint of PyTorch'),
         ('model.ckpt', '.', 'exists: name a new folder'),
         ('model.ckpt', 'new', 'holds a pp_vgg, which is not one of'),
     ],
 )
 def test_convert_refuses_in_one_line(name, folder, message, tmp_path, capsys):
     published(torch.nn.Conv2d(3, 64, 7, 2, 3), tmp_path / 'model.ckpt', model='vgg')
+    (tmp_path / 'text.ckpt').write_text('not a checkpoint')
     assert main(['convert', str(tmp_path / name), str(tmp_path / folder)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1
@@ -60,5 +62,7 @@ def test_command_is_installed():
     command = Path(sys.executable).with_name('timm-pushpull')
     result = subprocess.run([command, '--help'], capture_output=True, text=True, check=True)
     assert 'demo' in result.stdout
+    result = subprocess.run([command, 'convert', 'missing.ckpt', 'new'], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith('timm-pushpull: ') and result.stderr.count('\n') == 1
     result = subprocess.run([command, 'no-such-command'], capture_output=True, text=True)
     assert result.returncode == 2 and 'Traceback' not in result.stderr

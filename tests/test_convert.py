@@ -64,6 +64,8 @@ def test_a_refused_model_is_unchanged():
     assert type(model.conv1) is nn.Conv2d
     with pytest.raises(ValueError, match='Linear cannot be converted'):
         convert_to_push_pull(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="model must be made by timm.create_model, got 'resnet18'"):
+        convert_to_push_pull('resnet18')
 
 
 def test_plain_weights_load_into_a_converted_model():

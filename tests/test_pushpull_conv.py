@@ -188,8 +188,12 @@ def test_half_precision(dtype, autocast, avg_pool_size, offset):
 @pytest.mark.parametrize(
     'settings, message',
     [
-        (dict(avg_pool_size=2), 'avg_pool_size must be 0 or a positive odd number, got 2'),
-        (dict(avg_pool_size=-3), 'avg_pool_size must be 0 or a positive odd number, got -3'),
+        (dict(avg_pool_size=2), 'avg_pool_size must be 0 or a positive odd integer, got 2'),
+        (dict(avg_pool_size=-3), 'avg_pool_size must be 0 or a positive odd integer, got -3'),
+        (dict(avg_pool_size=3.0), 'avg_pool_size must be 0 or a positive odd integer, got 3.0'),
+        (dict(avg_pool_size='3'), 'avg_pool_size must be 0 or a positive odd integer, got 3'),
+        (dict(alpha='x'), "alpha must be one number or one for each output channel, got 'x'"),
+        (dict(trainable_alpha='no'), "trainable_alpha must be True or False, got 'no'"),
         (dict(alpha=[0.5, 0.5]), r'alpha must be one number, or 4 for the output channels, got shape \(2,\)'),
         (dict(alpha=torch.ones(4, 1)), r'alpha must be .* got shape \(4, 1\)'),
         (dict(alpha=[0.5] * 4, trainable_alpha=False), 'alpha must be one number, got'),

@@ -65,6 +65,8 @@ def test_settings_travel_as_model_arguments():
     assert (stem.avg_pool_size, stem.alpha, stem.trainable_alpha) == (5, 0.5, False)
     with pytest.raises(ValueError, match='avg_pool_size must be'):
         timm.create_model('pp_resnet18', avg_pool_size=4)
+    with pytest.raises(ValueError, match="push_pull must be True or False, got 'no'"):
+        timm.create_model('pp_resnet18', push_pull='no')
 
 
 @pytest.mark.parametrize('name', CIFAR)

@@ -38,6 +38,8 @@ def convert_to_push_pull(
         ValueError: If the model has no such convolution, or one that does more than ``nn.Conv2d``; or as
             :class:`~timm_pushpull.PushPullConv2d`.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'model must be made by timm.create_model, got {model!r}.')
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     name = cfg.get('architecture') or type(model).__name__
     first_conv = cfg.get('first_conv')

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from timm.models import create_model, is_model, list_models, save_for_hf
 
 from .pushpull_conv import PushPullConv2d
 
@@ -121,9 +120,13 @@ def read_published_checkpoint(path: str) -> PublishedCheckpoint:
         Architecture, settings, weights, and the classes that were left out.
 
     Raises:
-        ValueError: If the file is not a published ResNet, or if its settings cannot be read without running code.
+        ValueError: If the file is not a checkpoint, if it is not a published ResNet, or if its settings cannot be read
+            without running code.
     """
-    left_out = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    try:
+        left_out = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f'{path} is not a checkpoint of PyTorch: {error}') from error
     try:
         with torch.serialization.safe_globals([(_LeftOut, name) for name in left_out]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -171,6 +174,9 @@ def convert_published_checkpoint(path: str, folder: str) -> PublishedCheckpoint:
         FileExistsError: If the folder exists.
         ValueError: As :func:`read_published_checkpoint`, or if timm-pushpull has no such network.
     """
+    # Importing timm registers the networks, whose module needs this one whole.
+    from timm.models import create_model, is_model, list_models, save_for_hf
+
     target = pathlib.Path(folder)
     if target.exists():
         raise FileExistsError(f'{folder} exists: name a new folder.')

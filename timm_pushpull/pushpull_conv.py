@@ -26,8 +26,8 @@ _logger = logging.getLogger(__name__)
 
 
 def _check_avg_pool_size(avg_pool_size: int) -> None:
-    if avg_pool_size != 0 and (avg_pool_size < 0 or avg_pool_size % 2 == 0):
-        raise ValueError(f'avg_pool_size must be 0 or a positive odd number, got {avg_pool_size}.')
+    if not isinstance(avg_pool_size, int) or avg_pool_size < 0 or (avg_pool_size > 0 and avg_pool_size % 2 == 0):
+        raise ValueError(f'avg_pool_size must be 0 or a positive odd integer, got {avg_pool_size}.')
 
 
 @torch.fx.wrap  # fx keeps it as one node: its checks read shapes, which a traced value does not have
@@ -130,8 +130,8 @@ class PushPullConv2d(nn.Conv2d):
         (N, C, H, W) to (N, O, H', W'), as ``nn.Conv2d``.
 
     Raises:
-        ValueError: If the window is even or negative, if alpha is not finite or of the wrong shape, or if it is
-            neither trainable nor given.
+        ValueError: If the window is even or negative, if alpha is not finite or of the wrong shape, if it is neither
+            trainable nor given, or if a setting is of another type.
     """
 
     def __init__(
@@ -166,6 +166,8 @@ class PushPullConv2d(nn.Conv2d):
         )
         _check_avg_pool_size(avg_pool_size)
         self.avg_pool_size = avg_pool_size
+        if not isinstance(trainable_alpha, bool):
+            raise ValueError(f'trainable_alpha must be True or False, got {trainable_alpha!r}.')
         self.trainable_alpha = trainable_alpha
         self._initial_alpha = _check_initial_alpha(alpha, trainable_alpha, out_channels)
         if trainable_alpha:
@@ -271,7 +273,10 @@ def _check_initial_alpha(
         if not trainable_alpha:
             raise ValueError('trainable_alpha=False needs a number for alpha, got alpha=None.')
         return None
-    values = torch.as_tensor(alpha, dtype=torch.float64)
+    try:
+        values = torch.as_tensor(alpha, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f'alpha must be one number or one for each output channel, got {alpha!r}.') from None
     if values.dim() and not (trainable_alpha and values.shape == (out_channels,)):
         allowed = f'one number, or {out_channels} for the output channels' if trainable_alpha else 'one number'
         raise ValueError(f'alpha must be {allowed}, got shape {tuple(values.shape)}.')

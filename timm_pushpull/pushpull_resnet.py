@@ -51,6 +51,8 @@ class PushPullResNet(ResNet):
         output_stride: int = 32,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(push_pull, bool):
+            raise ValueError(f'push_pull must be True or False, got {push_pull!r}.')
         cifar = stem_type == 'cifar'
         if cifar:
             if output_stride not in (2, 4, 8, 16, 32):
