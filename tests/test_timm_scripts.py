@@ -32,7 +32,8 @@ def data(tmp_path_factory):
             (folder / split / str(label)).mkdir(parents=True)
             for index in range(count):
                 pixels = torch.randint(low, high, (32, 32, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / split / str(label) / f'{index}.png')
+                path = folder / split / str(label) / f'{label}-{index}.png'  # inference.py wants unique names
+                Image.fromarray(pixels.numpy()).save(path)
     return folder
 
 
@@ -129,9 +130,13 @@ def test_inference(data, checkpoint, tmp_path):
 
 def test_benchmark(tmp_path):
     small = ('--input-size', '3', '32', '32', '--batch-size', '4', '--num-bench-iter', '10', '--num-warm-iter', '1')
-    options = ('--model', 'pp_resnet18', '--device', 'cpu', '--bench', 'both', '--results-file', tmp_path / 'b.json')
+    options = ('--model', 'pp_resnet18', '--device', 'cpu', '--bench', 'both')
+    small = (*small, '--results-file', tmp_path / 'benchmark.csv')
     run(command('benchmark.py', *options, *small))
-    assert '"model": "pp_resnet18"' in (tmp_path / 'b.json').read_text()
+    with open(tmp_path / 'benchmark.csv') as file:
+        (result,) = csv.DictReader(file)
+    assert result['model'] == 'pp_resnet18'
+    assert float(result['infer_samples_per_sec']) > 0 and float(result['train_samples_per_sec']) > 0
 
 
 def test_onnx_export(checkpoint, tmp_path):
