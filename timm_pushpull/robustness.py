@@ -242,12 +242,13 @@ def summarize(folder: str | os.PathLike[str], baseline: str | None = None) -> li
     images = protocol['data']['images']
     resamples = np.random.default_rng(0).multinomial(images, [1 / images] * images, size=RESAMPLES) / images
     once = np.full((1, images), 1 / images)
-    measured: dict[str, list[dict[str, Any]]] = {}
-    for name, weights in ((name, weights) for name in answers for weights in (once, resamples)):
-        errors = _errors(answers[name], weights)
-        of_baseline = _errors(answers[baseline], weights) if baseline in answers else None
-        imagenet = protocol['data']['classes'] == 1000
-        measured.setdefault(name, []).append(_measures(errors, of_baseline, imagenet))
+    imagenet = protocol['data']['classes'] == 1000
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in answers}
+    for weights in (once, resamples):
+        errors = {name: _errors(cells, weights) for name, cells in answers.items()}
+        of_baseline = errors[baseline] if baseline in errors else None
+        for name in answers:
+            measured[name].append(_measures(errors[name], of_baseline, imagenet))
     rows = []
     for name, (values, resampled) in measured.items():
         details, places = protocol['models'][name], answers[name][CLEAN, 0]
@@ -282,13 +283,12 @@ def _errors(cells: Mapping[tuple[str, int], np.ndarray], weights: np.ndarray) ->
 
 def _measures(errors: _Errors, baseline: _Errors | None, imagenet: bool) -> dict[str, Any]:
     tested = errors.by_corruption.keys() >= set(TEST_CORRUPTIONS)
-    compared = tested and baseline is not None and baseline.by_corruption.keys() >= set(TEST_CORRUPTIONS)
     measures = {'E': 100 * errors.clean}
     measures.update({f'CE_{name}': 100 * error for name, error in errors.by_corruption.items()})
     measures['plain_mCE'] = 100 * plain_mce(errors.by_corruption) if tested else None
     measures['alexnet_normalized_mCE'] = 100 * normalized_mce(errors.by_corruption) if tested and imagenet else None
     measures['relative_mCE'] = measures['R_net'] = None
-    if compared and baseline is not None:
+    if tested and baseline is not None and baseline.by_corruption.keys() >= set(TEST_CORRUPTIONS):
         measures['relative_mCE'] = 100 * relative_mce(*errors, *baseline)
         measures['R_net'] = net_error_reduction(
             errors.clean, plain_mce(errors.by_corruption), baseline.clean, plain_mce(baseline.by_corruption)
