@@ -1,6 +1,11 @@
 import csv
-import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +17,9 @@ from timm.data import create_dataset, create_loader, create_transform
 from timm_pushpull import robustness
 from timm_pushpull.cli import main
 from timm_pushpull.corruptions import corrupt
-from timm_pushpull.measures import TEST_CORRUPTIONS, net_error_reduction
-from timm_pushpull.robustness import evaluate_robustness, read_answers, stratified_indices, summarize
+from timm_pushpull.pictures import open_stored
+from timm_pushpull.results import UNREAD, read_answers
+from timm_pushpull.robustness import evaluate_robustness, stratified_indices
 
 pytest.importorskip('imagecorruptions')
 GEOMETRY = dict(input_size=(3, 32, 32), crop_pct=0.8, interpolation='bilinear', mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -50,7 +56,7 @@ def contents(folder):
 
 def test_errors_are_those_of_a_plain_loop(data, tmp_path):
     model, pictures = network(), dataset(data)
-    evaluate_robustness({'net': model}, pictures, tmp_path, **FEW, seed=3)
+    evaluate_robustness({'net': model}, tmp_path, pictures, **FEW, seed=3)
     transform = create_transform(**GEOMETRY, is_training=False).transforms
     expected = {}
     for corruption, severity in [('clean', 0), ('gaussian_noise', 1), ('contrast', 5)]:
@@ -71,7 +77,7 @@ def test_errors_are_those_of_a_plain_loop(data, tmp_path):
 
 def test_clean_accuracy_is_timms(data, tmp_path):
     model = network()
-    (row,) = evaluate_robustness({'net': model}, dataset(data), tmp_path, corruptions=[])
+    (row,) = evaluate_robustness({'net': model}, tmp_path, dataset(data), corruptions=[])
     config = dict(GEOMETRY, device=torch.device('cpu'), num_workers=0, use_prefetcher=False)
     loader = create_loader(dataset(data), batch_size=4, persistent_workers=False, **config)
     right = sum((model(images).argmax(1) == targets).sum().item() for images, targets in loader)
@@ -81,9 +87,9 @@ def test_clean_accuracy_is_timms(data, tmp_path):
 
 def test_batches_workers_and_company_change_nothing(data, tmp_path):
     models = {'a': network(0), 'b': network(1)}
-    evaluate_robustness(models, dataset(data), tmp_path / 'both', **FEW, batch_size=5, workers=2)
+    evaluate_robustness(models, tmp_path / 'both', dataset(data), **FEW, batch_size=5, workers=2)
     for name, model in models.items():
-        evaluate_robustness({name: model}, dataset(data), tmp_path / name, **FEW)
+        evaluate_robustness({name: model}, tmp_path / name, dataset(data), **FEW)
         together, alone = read_answers(tmp_path / 'both')[name], read_answers(tmp_path / name)[name]
         assert together.keys() == alone.keys()
         assert all(np.array_equal(together[cell], alone[cell]) for cell in alone)
@@ -91,7 +97,7 @@ def test_batches_workers_and_company_change_nothing(data, tmp_path):
 
 def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
     models = {'a': network(0), 'b': network(1)}
-    evaluate_robustness(models, dataset(data), tmp_path / 'whole', **FEW, baseline='a')
+    evaluate_robustness(models, tmp_path / 'whole', dataset(data), **FEW, baseline='a')
     corrupted = []
 
     def count(image, corruption, severity, index, seed):
@@ -103,18 +109,18 @@ def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(robustness, 'corrupt', count)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_robustness(models, dataset(data), tmp_path / 'parts', **FEW, baseline='a')
+        evaluate_robustness(models, tmp_path / 'parts', dataset(data), **FEW, baseline='a')
     finished = set(corrupted[:42])
     corrupted[:] = [None] * 51
-    evaluate_robustness(models, dataset(data), tmp_path / 'parts', **FEW, baseline='a')
-    again = set(corrupted[51:])
+    evaluate_robustness(models, tmp_path / 'parts', dataset(data), **FEW, baseline='a')
+    again = set(corrupted[51:-6])  # without the last ones, three examples of each corruption
     assert len(again) == 42 and not again & finished
     assert contents(tmp_path / 'parts') == contents(tmp_path / 'whole')
 
 
 def test_models_may_join_and_other_protocols_are_refused(data, tmp_path):
-    evaluate_robustness({'a': network(0)}, dataset(data), tmp_path, **FEW)
-    rows = evaluate_robustness({'b': network(1)}, dataset(data), tmp_path, **FEW)
+    evaluate_robustness({'a': network(0)}, tmp_path, dataset(data), **FEW)
+    rows = evaluate_robustness({'b': network(1)}, tmp_path, dataset(data), **FEW)
     assert [row['model'] for row in rows] == ['a', 'b']
     before = contents(tmp_path)
     for kwargs, model, message in [
@@ -124,19 +130,22 @@ def test_models_may_join_and_other_protocols_are_refused(data, tmp_path):
         (dict(), network(0, crop_pct=1.0), 'models.a.crop_pct is 0.8 there and 1.0 here'),
     ]:
         with pytest.raises(ValueError, match=message):
-            evaluate_robustness({'a': model}, dataset(data), tmp_path, **FEW, **kwargs)
+            evaluate_robustness({'a': model}, tmp_path, dataset(data), **FEW, **kwargs)
     assert contents(tmp_path) == before
 
 
 def test_bad_arguments_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match='baseline must be one of the models a, got'):
-        evaluate_robustness({'a': network()}, dataset(data), tmp_path, baseline='b')
-    with pytest.raises(ValueError, match='b takes pictures of crop_pct=1.0, a of 0.8'):
-        evaluate_robustness({'a': network(), 'b': network(crop_pct=1.0)}, dataset(data), tmp_path)
+        evaluate_robustness({'a': network()}, tmp_path, dataset(data), baseline='b')
+    with pytest.raises(ValueError, match='dataset must be given where there are no stored corruptions'):
+        evaluate_robustness({'a': network()}, tmp_path)
+    with pytest.raises(ValueError, match='a takes 1 channels'):
+        evaluate_robustness({'a': network(input_size=(1, 32, 32))}, tmp_path, dataset(data))
     with pytest.raises(ValueError, match='a has 1000 classes, the data 3'):
-        evaluate_robustness({'a': timm.create_model('test_resnet')}, dataset(data), tmp_path)
+        evaluate_robustness({'a': timm.create_model('test_resnet')}, tmp_path, dataset(data))
     with pytest.raises(ValueError, match='the nearest is'):
-        evaluate_robustness({'a': network()}, dataset(data), tmp_path, corruptions=['fogg'])
+        evaluate_robustness({'a': network()}, tmp_path, dataset(data), corruptions=['fogg'])
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -146,7 +155,7 @@ def test_an_unreadable_picture_is_named(data, tmp_path, workers, capsys):
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(ValueError, match='3.png cannot be read'):
         evaluate_robustness(
-            {'a': network()}, dataset(tmp_path / 'data'), tmp_path / 'out', corruptions=[], workers=workers
+            {'a': network()}, tmp_path / 'out', dataset(tmp_path / 'data'), corruptions=[], workers=workers
         )
 
 
@@ -160,50 +169,8 @@ def test_stratified_indices():
         stratified_indices(targets, 0)
 
 
-def write_answers(folder, errors, images, classes):
-    """A results folder of pictures of which the first ones are wrong."""
-    model = dict(input_size=[3, 32, 32], crop_pct=1.0, interpolation='bilinear', param_count=1.0)
-    protocol = dict(data=dict(images=images, classes=classes), models=dict.fromkeys(errors, model))
-    (folder / 'protocol.json').write_text(json.dumps(protocol))
-    for name, cells in errors.items():
-        (folder / 'answers' / name).mkdir(parents=True)
-        for (corruption, severity), wrong in cells.items():
-            places = np.where(np.arange(images) < wrong, 5, 0).astype(np.uint8)
-            np.save(folder / 'answers' / name / f'{corruption}-{severity}.npy', places)
-
-
-def test_summary_by_hand(tmp_path):
-    corrupted = [(name, severity) for name in TEST_CORRUPTIONS for severity in (1, 5)]
-    errors = {
-        'a': {('clean', 0): 20, ('saturate', 1): 90} | {cell: 40 + 20 * (cell[1] == 5) for cell in corrupted},
-        'b': {('clean', 0): 30} | {cell: 20 + 20 * (cell[1] == 5) for cell in corrupted},
-    }
-    write_answers(tmp_path, errors, images=100, classes=1000)
-    a, b = summarize(tmp_path, baseline='a')
-    assert (a['top1'], a['top1_err'], a['top5']) == (80, 20, 80)
-    assert (a['E'], a['CE_fog'], a['CE_saturate'], a['plain_mCE']) == (20, 50, 90, 50)
-    assert (b['E'], b['CE_fog'], b['plain_mCE']) == (30, 30, 30)
-    assert (a['relative_mCE'], a['R_net']) == (100, 0)
-    assert b['relative_mCE'] == 0 and b['R_net'] == pytest.approx(net_error_reduction(0.3, 0.3, 0.2, 0.5))
-    assert a['alexnet_normalized_mCE'] != a['plain_mCE']
-    # 95% of a binomial share of 0.2 in 100: 1.96 * sqrt(0.2 * 0.8 / 100) = 0.078 to each side
-    assert a['E_low'] == pytest.approx(20 - 7.8, abs=1.5) and a['E_high'] == pytest.approx(20 + 7.8, abs=1.5)
-    assert a['R_net_low'] == a['R_net_high'] == 0
-
-
-def test_means_that_would_mean_nothing_are_left_empty(tmp_path):
-    write_answers(tmp_path, {'a': {('clean', 0): 2, ('fog', 1): 5}}, images=10, classes=1000)
-    (row,) = summarize(tmp_path)
-    assert row['CE_fog'] == 50
-    assert {row[m] for m in ('plain_mCE', 'alexnet_normalized_mCE', 'relative_mCE', 'R_net')} == {''}
-    (tmp_path / 'ten').mkdir()
-    cells = {(name, severity): 5 for name in TEST_CORRUPTIONS for severity in (1, 2)} | {('clean', 0): 2}
-    write_answers(tmp_path / 'ten', {'a': cells}, images=10, classes=10)
-    (row,) = summarize(tmp_path / 'ten')
-    assert row['plain_mCE'] == 50 and row['alexnet_normalized_mCE'] == ''
-
-
 def command(data, folder, *options):
+    folder.mkdir(exist_ok=True)
     torch.save(network().state_dict(), folder / 'net.pth')
     arguments = ['robustness', 'test_resnet', '--num-classes', '3', '--checkpoint', folder / 'net.pth']
     arguments += ['--data-dir', data, '--output', folder / 'out', '--input-size', '3', '32', '32']
@@ -219,3 +186,143 @@ def test_command(data, tmp_path, capsys):
     assert main([*arguments, '--seed', '1']) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith('timm-pushpull: ') and 'corruptions.seed is 0 there and 1 here' in error
+
+
+def write_stored(source, folder, kinds=('', '')):
+    """Corrupted pictures written without loss in ImageNet-C's layout, from those that are generated."""
+    transform = create_transform(**GEOMETRY, is_training=False).transforms[:2]
+    for corruption, kind in zip(FEW['corruptions'], kinds, strict=True):
+        for severity in FEW['severities']:
+            for index, (path, _) in enumerate(source.reader.samples):
+                image = transform[1](transform[0](Image.open(path)))
+                file = folder / kind / corruption / str(severity) / Path(path).parent.name / Path(path).name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                corrupt(image, corruption, severity, index).save(file)
+    return folder
+
+
+@pytest.mark.parametrize('kinds', [('', ''), ('noise', 'digital')])
+def test_stored_pictures_give_the_errors_of_generated_ones(data, tmp_path, kinds):
+    models, pictures = {'a': network()}, dataset(data)
+    folder = write_stored(pictures, tmp_path / 'stored', kinds)
+    evaluate_robustness(models, tmp_path / 'generated', pictures, **FEW)
+    stored = open_stored(folder, **FEW)
+    evaluate_robustness(models, tmp_path / 'read', pictures, stored, **FEW, workers=1)
+    generated, read = (read_answers(tmp_path / name)['a'] for name in ('generated', 'read'))
+    assert len(generated) == 5 and generated.keys() == read.keys()
+    assert all(np.array_equal(generated[key], read[key]) for key in generated)
+    assert len({generated[key].tobytes() for key in generated}) > 1
+    # Without clean pictures there is no clean error.
+    (row,) = evaluate_robustness(models, tmp_path / 'alone', stored=stored, **FEW, limit=6)
+    assert row['E'] == '' and row['CE_contrast'] != ''
+
+
+def test_stored_pictures_must_be_those_of_the_dataset(data, tmp_path):
+    folder = write_stored(dataset(data), tmp_path / 'stored')
+    shutil.copytree(data, tmp_path / 'data')
+    (tmp_path / 'data' / 'validation' / '2' / '4.png').rename(tmp_path / 'data' / 'validation' / '2' / '7.png')
+    with pytest.raises(ValueError, match='picture 18 is 2/5.png of class 2 here and 2/4.png of class 2 there'):
+        evaluate_robustness(
+            {'a': network()}, tmp_path / 'out', dataset(tmp_path / 'data'), open_stored(folder, **FEW), **FEW
+        )
+
+
+def test_models_of_other_sizes_see_the_same_draw(data, tmp_path):
+    large = dict(input_size=(3, 40, 40), crop_pct=1.0)
+    models = {'a': network(), 'b': network(**large), 'c': network(1)}
+    evaluate_robustness(models, tmp_path / 'together', dataset(data), **FEW)
+    for name, model in models.items():
+        evaluate_robustness({name: model}, tmp_path / name, dataset(data), **FEW)
+        together, alone = read_answers(tmp_path / 'together')[name], read_answers(tmp_path / name)[name]
+        assert all(np.array_equal(together[key], alone[key]) for key in alone)
+
+
+def test_sizes_are_those_of_validate(data, tmp_path):
+    model = network(test_input_size=(3, 40, 40))
+    (row,) = evaluate_robustness({'a': model}, tmp_path / 'out', dataset(data), corruptions=[])
+    assert row['img_size'] == 40
+    stored = open_stored(write_stored(dataset(data), tmp_path / 'stored'), **FEW)
+    (row,) = evaluate_robustness({'a': model}, tmp_path / 'read', stored=stored, **FEW)
+    assert row['img_size'] == 32
+
+
+def test_unreadable_pictures_are_counted_on_demand(data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / 'data')
+    broken = folder / 'validation' / '1' / '3.png'
+    broken.write_bytes(broken.read_bytes()[:200])
+    (row,) = evaluate_robustness(
+        {'a': network()}, tmp_path / 'out', dataset(folder), **FEW, skip_unreadable=True, workers=1
+    )
+    assert row['unreadable'] == 5
+    whole = read_answers(tmp_path / 'out')['a']
+    broken.unlink()
+    evaluate_robustness({'a': network()}, tmp_path / 'without', dataset(folder), corruptions=[])
+    without = read_answers(tmp_path / 'without')['a']['clean', 0]
+    assert np.array_equal(np.delete(whole['clean', 0], 10), without) and whole['clean', 0]['place'][10] == UNREAD
+
+
+def test_the_answers_are_the_classes_that_the_model_gives(data, tmp_path):
+    model, pictures = network(), dataset(data)
+    evaluate_robustness({'a': model}, tmp_path, pictures, corruptions=[])
+    transform = create_transform(**GEOMETRY, is_training=False)
+    logits = torch.cat([model(transform(pictures[index][0])[None]) for index in range(len(pictures))])
+    answers = read_answers(tmp_path)['a']['clean', 0]
+    assert answers['answer'].tolist() == logits.argmax(1).tolist()
+    ranks = logits.argsort(1, descending=True) == torch.tensor([pictures[i][1] for i in range(len(pictures))])[:, None]
+    assert answers['place'].tolist() == ranks.int().argmax(1).tolist()
+
+
+def run_command(arguments, setup='', **kwargs):
+    program = f'{setup}import sys; from timm_pushpull.cli import main; sys.exit(main())'
+    command = [sys.executable, '-c', program, *arguments]
+    return subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)
+
+
+def test_a_run_killed_anywhere_ends_with_the_same_bytes(data, tmp_path):
+    options = ['--corruptions', 'gaussian_noise', 'fog', 'contrast', '--workers', '1', '--batch-size', '4']
+    assert main([*command(data, tmp_path / 'whole', *options)]) == 0
+    arguments = command(data, tmp_path / 'parts', *options)
+    generator, kills = np.random.default_rng(), 0
+    for _ in range(3):
+        process = run_command(arguments, start_new_session=True, stderr=subprocess.DEVNULL)
+        answers, start = tmp_path / 'parts' / 'out' / 'answers', len(list((tmp_path / 'parts').rglob('*.npy')))
+        while process.poll() is None and len(list(answers.rglob('*.npy'))) == start:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.3))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in answers.rglob('*.npy')}
+    assert kills and main(arguments) == 0
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+    parts, whole = contents(tmp_path / 'parts' / 'out'), contents(tmp_path / 'whole' / 'out')
+    assert {path for path in parts if not path.name.endswith('.unfinished')} == set(whole)
+    assert all(parts[path] == whole[path] for path in whole)
+
+
+def test_a_full_disk_is_named_and_loses_nothing(data, tmp_path):
+    arguments = command(data, tmp_path, '--corruptions', 'fog', '--severities', '1', '2', '--workers', '0')
+    # The kernel refuses files of more than 2,400 bytes: answers are smaller, pictures kept for the report larger.
+    limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2400, 2400)); '
+    limited = run_command(arguments, setup=limit, stderr=subprocess.PIPE, text=True)
+    error = limited.communicate()[1].splitlines()[-1]
+    assert limited.returncode == 2 and error.startswith('timm-pushpull: ') and 'File too large' in error
+    before = contents(tmp_path / 'out' / 'answers')
+    assert main(arguments) == 0
+    assert before and before.items() <= contents(tmp_path / 'out' / 'answers').items()
+
+
+def test_two_processes_give_what_one_gives(data, tmp_path):
+    options = ['--corruptions', *FEW['corruptions'], '--severities', '5', '--batch-size', '4', '--workers', '1']
+    assert main(command(data, tmp_path / 'one', *options, '--device', 'cpu')) == 0
+    arguments = command(data, tmp_path / 'two', *options, '--device', 'cpu')
+    launcher = 'from torch.distributed.run import main; main()'
+    script = tmp_path / 'run.py'
+    script.write_text('import sys; from timm_pushpull.cli import main; sys.exit(main())')
+    subprocess.run(
+        [sys.executable, '-c', launcher, '--standalone', '--nproc-per-node=2', str(script), *arguments],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        check=True,
+    )
+    assert contents(tmp_path / 'two' / 'out') == contents(tmp_path / 'one' / 'out')

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,24 +32,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert.set_defaults(run=_convert)
 
     robustness = commands.add_parser('robustness', help='errors of timm models on clean and on corrupted pictures')
-    robustness.add_argument('models', nargs='+', metavar='MODEL', help='any name that timm.create_model takes')
-    robustness.add_argument('--data-dir', required=True, metavar='DIR', help='pictures in folders by class')
-    robustness.add_argument('--dataset', default='', help='type of dataset, as in train.py')
-    robustness.add_argument('--split', default='validation', help='split of the dataset, as in validate.py')
-    robustness.add_argument('--class-map', default='', metavar='FILE', help='class to index, as in validate.py')
-    robustness.add_argument('--output', required=True, metavar='FOLDER', help='results folder; a run there goes on')
-    robustness.add_argument('--checkpoint', nargs='+', metavar='FILE', help='one for each model')
-    robustness.add_argument('--num-classes', type=int, help='classes of the models')
-    robustness.add_argument('--input-size', nargs=3, type=int, metavar='N', help='as in validate.py, e.g. 3 224 224')
-    robustness.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
-    robustness.add_argument('--corruptions', nargs='+', metavar='NAME', help='instead of the 15 of the test')
-    robustness.add_argument('--severities', nargs='+', type=int, default=[1, 2, 3, 4, 5], metavar='N')
-    robustness.add_argument('--limit', type=int, metavar='N', help='pictures, as many of each class as can be')
-    robustness.add_argument('--baseline', metavar='MODEL', help='model that relative mCE and R_net compare with')
-    robustness.add_argument('--seed', type=int, default=0, help='number of the draw of the corruptions')
-    robustness.add_argument('--device', help='cuda where there is one, else cpu')
-    robustness.add_argument('--batch-size', type=int, default=64)
-    robustness.add_argument('--workers', type=int, default=2)
+    robustness.add_argument(
+        'models', nargs='+', metavar='MODEL', help='any name that timm.create_model takes, or LABEL=NAME'
+    )
+    data = robustness.add_argument_group('pictures')
+    data.add_argument('--data-dir', metavar='DIR', help='clean pictures; corruptions are generated from them')
+    data.add_argument('--stored', metavar='FOLDER', help='corruptions as ImageNet-C or CIFAR-10-C are published')
+    data.add_argument('--dataset', metavar='NAME', help='type of the clean dataset, as in validate.py')
+    data.add_argument('--split', default='validation', metavar='NAME', help='as in validate.py')
+    data.add_argument('--class-map', default='', metavar='FILE', help='as in validate.py; imagenet_100, imagenet_200')
+    data.add_argument('--corruptions', nargs='+', metavar='NAME', help='instead of the 15 of the test')
+    data.add_argument('--severities', nargs='+', type=int, default=[1, 2, 3, 4, 5], metavar='N')
+    data.add_argument('--limit', type=int, metavar='N', help='pictures, as many of each class as can be')
+    data.add_argument('--seed', type=int, default=0, metavar='N', help='number of the draw of the corruptions')
+    data.add_argument('--skip-unreadable', action='store_true', help='count pictures that cannot be read, and go on')
+    model = robustness.add_argument_group('models, as in validate.py')
+    model.add_argument('--checkpoint', nargs='+', metavar='FILE', help='one for each model')
+    model.add_argument('--use-ema', action='store_true', help='EMA weights of the checkpoints')
+    model.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
+    model.add_argument('--num-classes', type=int, metavar='N')
+    model.add_argument('--input-size', nargs=3, type=int, metavar='N', help='e.g. 3 224 224')
+    model.add_argument('--use-train-size', action='store_true', help='not the test size; always so with --stored')
+    model.add_argument('--crop-pct', type=float, metavar='N')
+    model.add_argument('--interpolation', metavar='NAME')
+    model.add_argument('--mean', nargs='+', type=float, metavar='N')
+    model.add_argument('--std', nargs='+', type=float, metavar='N')
+    run = robustness.add_argument_group('run')
+    run.add_argument('--output', required=True, metavar='FOLDER', help='results folder; a run there goes on')
+    run.add_argument('--baseline', metavar='MODEL', help='model that relative mCE and R_net compare with')
+    run.add_argument('--device', help='cuda where there is one, else cpu')
+    run.add_argument('--amp', action='store_true', help='mixed precision')
+    run.add_argument('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
+    run.add_argument('--batch-size', type=int, default=64, metavar='N')
+    run.add_argument('--workers', type=int, default=2, metavar='N', help='processes that decode and corrupt')
     robustness.set_defaults(run=_robustness)
 
     args = parser.parse_args(argv)
@@ -87,45 +103,89 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _robustness(args: argparse.Namespace) -> None:
     import torch
-    from timm.data import create_dataset
-    from timm.models import create_model
-    from tqdm import tqdm
+    import torch.distributed as dist
+    from timm.data import create_dataset, resolve_data_config
+    from timm.utils import init_distributed_device
 
     from .measures import TEST_CORRUPTIONS
+    from .pictures import find_class_map, open_stored
     from .robustness import evaluate_robustness
 
-    checkpoints = args.checkpoint or [None] * len(args.models)
-    if len(checkpoints) != len(args.models):
-        raise ValueError(f'--checkpoint must name one file for each model, got {len(checkpoints)}.')
-    models = {}
-    for name, checkpoint in zip(args.models, checkpoints, strict=True):
-        model: Any = create_model(
-            name,
-            pretrained=checkpoint is None,
-            checkpoint_path=checkpoint or '',
-            num_classes=args.num_classes,
-            **args.model_kwargs,
-        )
-        if args.input_size:
-            model.pretrained_cfg['input_size'] = tuple(args.input_size)
-        models[name] = model
+    if not args.data_dir and not args.dataset and not args.stored:
+        raise ValueError('robustness needs --data-dir, to generate corruptions, or --stored.')
+    corruptions = args.corruptions or TEST_CORRUPTIONS
+    models = _create_models(args)
+    dataset = stored = None
+    if args.data_dir or args.dataset:
+        class_map = find_class_map(args.class_map, args.data_dir or '')
+        options: dict[str, Any] = dict(root=args.data_dir, split=args.split, class_map=class_map)
+        dataset = create_dataset(args.dataset or '', **options)
+    if args.stored:
+        stored = open_stored(args.stored, corruptions, args.severities, find_class_map(args.class_map, args.stored))
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = init_distributed_device(args)
     rows = evaluate_robustness(
         models,
-        create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map),
         args.output,
-        corruptions=args.corruptions or TEST_CORRUPTIONS,
+        dataset=dataset,
+        stored=stored,
+        corruptions=corruptions,
         severities=args.severities,
         limit=args.limit,
         seed=args.seed,
         baseline=args.baseline,
-        device=args.device or ('cuda' if torch.cuda.is_available() else 'cpu'),
+        skip_unreadable=args.skip_unreadable,
+        data_configs={
+            name: resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size and stored is None)
+            for name, model in models.items()
+        },
+        device=device,
         batch_size=args.batch_size,
         workers=args.workers,
-        progress=tqdm,
+        amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None,
+        progress=True,
     )
+    if args.distributed:
+        dist.destroy_process_group()
+    if rows:
+        _print_summary(rows, args.output)
+
+
+def _create_models(args: argparse.Namespace) -> dict[str, Any]:
+    from timm.models import create_model, load_checkpoint
+
+    checkpoints = args.checkpoint or [None] * len(args.models)
+    if len(checkpoints) != len(args.models):
+        raise ValueError(
+            f'--checkpoint must name one file for each of {len(args.models)} models, got {len(checkpoints)}.'
+        )
+    models: dict[str, Any] = {}
+    for name, checkpoint in zip(args.models, checkpoints, strict=True):
+        label, equals, model_name = name.partition('=')
+        if not equals or '/' in label or ':' in label:
+            label = model_name = name
+        if label in models:
+            raise ValueError(f'model {label} is given twice: tell them apart as LABEL={model_name}.')
+        try:
+            model = create_model(
+                model_name, pretrained=checkpoint is None, num_classes=args.num_classes, **args.model_kwargs
+            )
+            if checkpoint is not None:
+                load_checkpoint(model, checkpoint, args.use_ema)
+        except (RuntimeError, TypeError) as error:  # an unknown name, weights or settings that do not fit
+            raise ValueError(f'{label}: {textwrap.shorten(str(error), 300)}') from None
+        models[label] = model
+    return models
+
+
+def _print_summary(rows: Sequence[dict[str, Any]], folder: str) -> None:
     columns = ('E', 'plain_mCE', 'alexnet_normalized_mCE', 'relative_mCE', 'R_net')
     print(f'\n{"%":<32}' + ''.join(f'{column:>24}' for column in columns))
     for row in rows:
         values = ''.join(f'{row[column]:>24}' for column in columns)
         print(f'{row["model"]:<32}{values}')
-    print(f'95% intervals, CE by corruption: {args.output}/summary.csv. How it was measured: protocol.json there.')
+    unreadable = sum(row['unreadable'] for row in rows)
+    if unreadable:
+        print(f'Left out: {unreadable} answers to pictures that cannot be read.')
+    print(f'95% intervals, CE by corruption: {folder}/summary.csv. How it was measured: protocol.json there.')
+    print(f'Pictures and a page of it: timm-pushpull report {folder}')

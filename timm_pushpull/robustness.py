@@ -1,128 +1,141 @@
-"""Evaluation under corruptions: every picture's answer is kept, and every figure follows from that.
+"""Evaluation of timm models on clean pictures and on corrupted ones, stored or generated."""
 
-A results folder holds
-
-- ``protocol.json``: how the figures were made; a folder made in another way is refused;
-- ``answers/MODEL/CORRUPTION-SEVERITY.npy``: for each picture the place of the right class among the model's first five
-  answers, 0 to 4, or 5;
-- ``errors.csv``: images and errors by model, corruption and severity;
-- ``summary.csv``: E, CE and the means, each with its 95% interval.
-
-The last two are written anew from the answers after each corruption and severity; what has its answers is not run
-again.
-"""
-
-import csv
 import hashlib
 import importlib.metadata
 import io
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from .corruptions import SEVERITIES, check_corruption, corrupt
-from .measures import (
-    TEST_CORRUPTIONS,
-    corruption_error,
-    net_error_reduction,
-    normalized_mce,
-    plain_mce,
-    relative_mce,
+from .files import write_whole
+from .measures import TEST_CORRUPTIONS
+from .pictures import DatasetPictures, StoredArrays, StoredFolders, UnreadablePicture
+from .results import (
+    ANSWER,
+    CLEAN,
+    TOP,
+    UNREAD,
+    answers_path,
+    join_protocol,
+    write_answers,
+    write_errors,
+    write_pictures,
+    write_summary,
 )
 
-__all__ = ['evaluate_robustness', 'read_answers', 'stratified_indices', 'summarize']
+__all__ = ['evaluate_robustness', 'stratified_indices']
 
-CLEAN = 'clean'
-TOP = 5
-RESAMPLES = 1000
+EXAMPLES = 3  # pictures kept for the report
 
 
 def evaluate_robustness(
     models: Mapping[str, nn.Module],
-    dataset: Any,
     folder: str | os.PathLike[str],
+    dataset: Any = None,
+    stored: StoredFolders | StoredArrays | None = None,
     corruptions: Sequence[str] = TEST_CORRUPTIONS,
     severities: Sequence[int] = SEVERITIES,
     limit: int | None = None,
     seed: int = 0,
     baseline: str | None = None,
+    skip_unreadable: bool = False,
+    data_configs: Mapping[str, Mapping[str, Any]] | None = None,
     device: str | torch.device = 'cpu',
     batch_size: int = 64,
     workers: int = 0,
     amp_dtype: torch.dtype | None = None,
-    progress: Callable[..., Iterable[Any]] = lambda batches, **_: batches,
+    progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Count the errors of models on clean and on corrupted pictures, and write them to a results folder.
 
-    Each picture is decoded, resized, cropped and corrupted once and shown to all the models, which therefore must take
-    it at the same size and crop. A run that was interrupted goes on where it was.
+    Each picture is decoded and corrupted once and shown to all the models; models that take it at another size or crop
+    cost it once more for each. Generated corruptions apply to the resized and cropped picture; stored ones are resized
+    where the model takes another size, and not cropped. A run that was interrupted goes on where it was. Where
+    ``torch.distributed`` is initialized its processes share the batches, and the first one writes.
 
     Args:
         models: Models of timm by name.
-        dataset: timm's dataset of pictures and classes, without a transform (``timm.data.create_dataset``).
-        folder: Results folder, made if it does not exist.
+        folder: Results folder, made if it does not exist; see :mod:`timm_pushpull.results`.
+        dataset: Clean pictures: timm's dataset without a transform (``timm.data.create_dataset``). None, with stored
+            corruptions, for no clean error.
+        stored: Corrupted pictures (``open_stored``); None to generate them from the dataset.
         corruptions: Names of corruptions.
         severities: From 1 to 5.
         limit: Number of pictures, with as many of each class as can be; None for all.
-        seed: Number of the draw of the corruptions.
+        seed: Number of the draw of generated corruptions.
         baseline: Name of the model that relative mCE and R_net are measured against.
+        skip_unreadable: Count pictures that cannot be read, instead of stopping at the first.
+        data_configs: What ``timm.data.resolve_data_config`` returns, by model. By default that of the model: at its
+            test size as ``validate.py``, at its train size with stored corruptions.
         device: Where the models run.
         batch_size: Pictures at a time.
-        workers: Processes that decode and corrupt; 0 for this one.
+        workers: Processes that decode and corrupt, for each process that runs the models; 0 for that one.
         amp_dtype: Data type of autocast; None for float32.
-        progress: Wraps the batches of one pass, such as ``tqdm``.
+        progress: Show the progress.
 
     Returns:
         The rows of ``summary.csv``.
 
     Raises:
-        ValueError: If the models need different pictures, if their classes are not the data's, if a picture
-            cannot be read, if the folder was made under another protocol, or if a corruption, a severity or the
-            baseline does not exist.
+        ValueError: If there is neither a dataset nor stored pictures or these are not of the same pictures, if the
+            models' classes are not the data's, if a picture cannot be read, if the folder was made under another
+            protocol, or if a corruption, a severity or the baseline does not exist.
     """
-    if baseline is not None and baseline not in models:
-        raise ValueError(f'baseline must be one of the models {", ".join(models)}, got {baseline!r}.')
+    folder = Path(folder)
     for corruption in corruptions:
         for severity in severities:
             check_corruption(corruption, severity)
-    folder = Path(folder)
-    configs = {name: resolve_model_data_config(model) for name, model in models.items()}
-    geometry = _common_geometry(configs)
-    targets, classes = _targets_and_classes(dataset)
+    clean = None if dataset is None else DatasetPictures(dataset)
+    pictures = clean or stored
+    if pictures is None:
+        raise ValueError('dataset must be given where there are no stored corruptions, got None.')
+    if clean is not None and stored is not None:
+        _check_same_pictures(clean, stored)
     for name, model in models.items():
-        if model.num_classes != classes:
-            raise ValueError(f'{name} has {model.num_classes} classes, the data {classes}.')
-    indices = stratified_indices(targets, limit)
-    _check_protocol(folder, _protocol(models, configs, dataset, classes, indices, seed, amp_dtype))
-    for model in models.values():
-        model.to(device).eval()
+        if model.num_classes != len(pictures.classes):
+            raise ValueError(f'{name} has {model.num_classes} classes, the data {len(pictures.classes)}.')
+    if data_configs is None:
+        configs = {
+            name: resolve_data_config({}, model=model, use_test_size=stored is None) for name, model in models.items()
+        }
+    else:
+        configs = {name: dict(data_configs[name]) for name in models}
+    indices = stratified_indices(pictures.targets, limit)
+    views = _Views(pictures, clean, stored, indices, seed, configs, skip_unreadable)
+    passes = [(CLEAN, 0)] if clean is not None else []
+    passes += [(corruption, severity) for corruption in corruptions for severity in severities]
 
-    passes = [(CLEAN, 0), *((corruption, severity) for corruption in corruptions for severity in severities)]
-    for corruption, severity in passes:
-        todo = {name: models[name] for name in models if not _answers_path(folder, name, corruption, severity).exists()}
-        if todo:
-            pictures = _CorruptedPictures(dataset, indices, geometry, corruption, severity, seed)
-            loader = DataLoader(pictures, batch_size, num_workers=workers)
-            batches = progress(loader, desc=f'{corruption} {severity}' if severity else CLEAN, unit='batch')
-            answers = _answer(todo, configs, batches, device, amp_dtype)
-            for name, places in answers.items():
-                buffer = io.BytesIO()
-                np.save(buffer, places)
-                _write(_answers_path(folder, name, corruption, severity), buffer.getvalue())
-            _write_errors(folder)
-    _write_errors(folder)
-    rows = summarize(folder, baseline)
-    _write_csv(folder / 'summary.csv', rows)
-    return rows
+    plan: list[Any] = [None]
+    if _rank() == 0:
+        protocol = _protocol(models, configs, views, amp_dtype, device)
+        join_protocol(folder, protocol, baseline)
+        write_pictures(folder, [(pictures.names[i], pictures.classes[pictures.targets[i]]) for i in views.indices])
+        plan[0] = [
+            (of_pass, todo)
+            for of_pass in passes
+            if (todo := [name for name in models if not answers_path(folder, name, *of_pass).exists()])
+        ]
+    if _world_size() > 1:
+        dist.broadcast_object_list(plan)
+    _run(plan[0], models, configs, views, folder, torch.device(device), batch_size, workers, amp_dtype, progress)
+
+    if _rank() > 0:
+        return []
+    _write_examples(folder, views, corruptions, severities)
+    write_errors(folder)
+    return write_summary(folder, baseline)
 
 
 def stratified_indices(targets: Sequence[int], limit: int | None = None) -> list[int]:
@@ -150,201 +163,252 @@ def stratified_indices(targets: Sequence[int], limit: int | None = None) -> list
     return sorted(index for _, _, index in sorted(turns)[:limit])
 
 
-class _CorruptedPictures(Dataset):
+class _View(NamedTuple):
+    """What a loader is asked for: one picture in one pass."""
+
+    corruption: str
+    severity: int
+    place: int
+
+
+class _Views(Dataset):
+    """The pictures as the models see them, uint8 (C, H, W), one for each way in which a model takes them."""
+
     def __init__(
-        self, dataset: Any, indices: Sequence[int], geometry: dict[str, Any], corruption: str, severity: int, seed: int
+        self,
+        pictures: DatasetPictures | StoredFolders | StoredArrays,
+        clean: DatasetPictures | None,
+        stored: StoredFolders | StoredArrays | None,
+        indices: Sequence[int],
+        seed: int,
+        configs: Mapping[str, Mapping[str, Any]],
+        skip_unreadable: bool,
     ) -> None:
-        self.dataset = dataset
-        self.indices = indices
-        self.resize_and_crop = create_transform(**geometry, is_training=False, normalize=False).transforms[:-1]
-        self.corruption, self.severity, self.seed = corruption, severity, seed
+        self.pictures, self.clean, self.stored = pictures, clean, stored
+        self.indices, self.seed, self.skip_unreadable = indices, seed, skip_unreadable
+        geometries: list[dict[str, Any]] = []
+        self.geometry_of = {}
+        for name, config in configs.items():
+            geometry = {key: config[key] for key in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
+            if geometry['input_size'][0] != 3:
+                raise ValueError(f'{name} takes {geometry["input_size"][0]} channels; corruptions are of 3, RGB.')
+            if geometry not in geometries:
+                geometries.append(geometry)
+            self.geometry_of[name] = geometries.index(geometry)
+        self._sizes = [geometry['input_size'] for geometry in geometries]
+        self._resize_and_crop = [_transforms(geometry) for geometry in geometries]
+        # Stored pictures have been cropped by those who made them.
+        self._resize = [_transforms({**geometry, 'crop_pct': 1.0}) for geometry in geometries]
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
-        index = self.indices[place]
-        # Not dataset[index]: timm's dataset puts the next picture in the place of one that it cannot read.
-        file, target = self.dataset.reader[index]
+    def __getitem__(self, view: _View) -> tuple[list[torch.Tensor], int]:
         try:
-            image = Image.open(file).convert('RGB')
-        except OSError as error:
-            raise ValueError(f'{self.dataset.filename(index)} cannot be read: {error}.') from None
-        for transform in self.resize_and_crop:
-            image = transform(image)
-        if self.corruption != CLEAN:
-            image = corrupt(image, self.corruption, self.severity, index, self.seed)
-        return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1), target
+            images = self._images(view)
+        except UnreadablePicture:
+            if not self.skip_unreadable:
+                raise
+            return [torch.zeros(size, dtype=torch.uint8) for size in self._sizes], -1
+        target = self.pictures.targets[view.place]
+        return [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images], target
+
+    def _images(self, view: _View) -> list[np.ndarray]:
+        is_clean = view.corruption == CLEAN
+        if self.stored is not None and not is_clean:
+            image, transforms = self.stored.image(*view), self._resize
+        else:
+            assert self.clean is not None, 'no clean pictures, no such view'
+            image, transforms = self.clean.image(view.place), self._resize_and_crop
+        images = []
+        for steps in transforms:
+            shown = image
+            for step in steps:
+                shown = step(shown)
+            if self.stored is None and not is_clean:
+                shown = corrupt(shown, *view, self.seed)
+            images.append(np.asarray(shown))
+        return images
+
+
+def _transforms(geometry: Mapping[str, Any]) -> list[Any]:
+    """timm's resize and crop, without the conversion to a tensor."""
+    return create_transform(**geometry, is_training=False, normalize=False).transforms[:-1]
+
+
+def _run(
+    plan: Sequence[tuple[tuple[str, int], Sequence[str]]],
+    models: Mapping[str, nn.Module],
+    configs: Mapping[str, Mapping[str, Any]],
+    views: _Views,
+    folder: Path,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    amp_dtype: torch.dtype | None,
+    progress: bool,
+) -> None:
+    """Run the passes that are planned, each with the models that lack it, and write the answers of each as it ends."""
+    for model in models.values():
+        model.to(device).eval()
+    places = range(0, len(views.indices), batch_size)
+    # Whole batches are shared, so that each is the same in one process and in many.
+    mine = places[_rank() :: _world_size()]
+    batches = [
+        [_View(*of_pass, index) for index in views.indices[place : place + batch_size]]
+        for of_pass, _ in plan
+        for place in mine
+    ]
+    # One loader for all passes: its workers start once and do not wait for one pass to end.
+    loader = DataLoader(
+        views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == 'cuda', worker_init_fn=_one_thread
+    )
+    arriving = iter(loader)
+    with tqdm(total=len(batches), unit='batch', disable=not (progress and batches and _rank() == 0)) as bar:
+        for (corruption, severity), todo in plan:
+            bar.set_description(f'{corruption} {severity}' if severity else CLEAN)
+            answers: dict[str, list[np.ndarray]] = {name: [] for name in todo}
+            for _ in mine:
+                images, targets = next(arriving)
+                images = [image.to(device, non_blocking=True) for image in images]
+                for name in todo:
+                    shown = images[views.geometry_of[name]]
+                    answers[name].append(_answer(models[name], shown, targets, configs[name], amp_dtype))
+                bar.update()
+            for name, of_model in _in_order(answers).items():
+                write_answers(answers_path(folder, name, corruption, severity), of_model)
+            if _rank() == 0:
+                write_errors(folder)
+
+
+def _one_thread(worker: int) -> None:
+    """Keep OpenCV, which some corruptions call, from starting threads in every worker."""
+    try:
+        import cv2
+    except ImportError:
+        return
+    cv2.setNumThreads(0)
 
 
 @torch.inference_mode()
 def _answer(
-    models: Mapping[str, nn.Module],
-    configs: Mapping[str, dict[str, Any]],
-    batches: Iterable[Any],
-    device: str | torch.device,
+    model: nn.Module,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    config: Mapping[str, Any],
     amp_dtype: torch.dtype | None,
-) -> dict[str, np.ndarray]:
-    places: dict[str, list[torch.Tensor]] = {name: [] for name in models}
-    for images, targets in batches:
-        images, targets = images.to(device).float() / 255, targets.to(device)
-        for name, model in models.items():
-            mean, std = (torch.tensor(configs[name][key], device=device).view(-1, 1, 1) for key in ('mean', 'std'))
-            with torch.autocast(torch.device(device).type, amp_dtype, enabled=amp_dtype is not None):
-                logits = model((images - mean) / std)
-            first = logits.topk(min(TOP, logits.shape[1])).indices == targets[:, None]
-            place = torch.where(first.any(1), first.int().argmax(1), TOP)
-            places[name].append(place.to('cpu', torch.uint8))
-    return {name: torch.cat(of_batches).numpy() for name, of_batches in places.items()}
-
-
-def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[tuple[str, int], np.ndarray]]:
-    """Read the answers in a results folder.
-
-    Args:
-        folder: Results folder.
-
-    Returns:
-        By model, then by corruption and severity (``('clean', 0)`` for clean pictures): the place of each picture's
-        right class among the first five answers, from 0, or 5.
-    """
-    answers: dict[str, dict[tuple[str, int], np.ndarray]] = {}
-    for name in json.loads((Path(folder) / 'protocol.json').read_text())['models']:
-        answers[name] = {}
-        for path in sorted(_answers_path(Path(folder), name, CLEAN, 0).parent.glob('*.npy')):
-            corruption, severity = path.stem.rsplit('-', 1)
-            answers[name][corruption, int(severity)] = np.load(path)
+) -> np.ndarray:
+    # timm's own arithmetic, that of its prefetcher.
+    mean, std = (255 * torch.tensor(config[key], device=images.device).view(-1, 1, 1) for key in ('mean', 'std'))
+    with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
+        logits = model(images.float().sub_(mean).div_(std))
+    first = logits.topk(min(TOP, logits.shape[1])).indices.cpu()
+    right = first == targets[:, None]
+    answers = np.empty(len(targets), ANSWER)
+    answers['answer'] = first[:, 0]
+    answers['place'] = torch.where(right.any(1), right.int().argmax(1), TOP)
+    answers[(targets < 0).numpy()] = (0, UNREAD)
     return answers
 
 
-class _Errors(NamedTuple):
-    """Errors of one model: rates, one number each or one for each resample."""
-
-    clean: Any
-    by_corruption: dict[str, Any]
-
-
-def summarize(folder: str | os.PathLike[str], baseline: str | None = None) -> list[dict[str, Any]]:
-    """Derive the measures of each model from its answers.
-
-    The intervals hold the middle 95% of what 1,000 resamples of the pictures give, the same resamples for each model.
-
-    Args:
-        folder: Results folder.
-        baseline: Name of the model that relative mCE and R_net are measured against.
-
-    Returns:
-        One row a model: timm's own columns, then E, CE and means in percent, ``_low`` and ``_high`` beside each. A mean
-        that needs corruptions, classes or a baseline that are not there is left empty.
-    """
-    protocol = json.loads((Path(folder) / 'protocol.json').read_text())
-    answers = {name: cells for name, cells in read_answers(folder).items() if (CLEAN, 0) in cells}
-    images = protocol['data']['images']
-    resamples = np.random.default_rng(0).multinomial(images, [1 / images] * images, size=RESAMPLES) / images
-    once = np.full((1, images), 1 / images)
-    imagenet = protocol['data']['classes'] == 1000
-    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in answers}
-    for weights in (once, resamples):
-        errors = {name: _errors(cells, weights) for name, cells in answers.items()}
-        of_baseline = errors[baseline] if baseline in errors else None
-        for name in answers:
-            measured[name].append(_measures(errors[name], of_baseline, imagenet))
-    rows = []
-    for name, (values, resampled) in measured.items():
-        details, places = protocol['models'][name], answers[name][CLEAN, 0]
-        top1, top5 = 100 * float(np.mean(places == 0)), 100 * float(np.mean(places < TOP))
-        row = {
-            'model': name,
-            'img_size': details['input_size'][-1],
-            'top1': top1,
-            'top1_err': 100 - top1,
-            'top5': top5,
-            'top5_err': 100 - top5,
-            'param_count': details['param_count'],
-            'crop_pct': details['crop_pct'],
-            'interpolation': details['interpolation'],
-        }
-        for measure, value in values.items():
-            interval = (None, None) if value is None else np.percentile(resampled[measure], (2.5, 97.5))
-            for column, number in zip((measure, f'{measure}_low', f'{measure}_high'), (value, *interval), strict=True):
-                row[column] = '' if number is None else round(float(np.squeeze(number)), 3)
-        rows.append({column: round(v, 3) if isinstance(v, float) else v for column, v in row.items()})
-    return rows
+def _in_order(answers: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Bring the batches of all processes together in the first one; the others get nothing."""
+    shares: list[Any] = [answers]
+    if _world_size() > 1:
+        shares = [None] * _world_size()
+        dist.all_gather_object(shares, answers)
+    if _rank() > 0:
+        return {}
+    ordered = {}
+    for name in answers:
+        of_processes = [share[name] for share in shares]
+        turns = range(len(of_processes[0]))  # the first process has as many batches as any
+        ordered[name] = np.concatenate([share[turn] for turn in turns for share in of_processes if turn < len(share)])
+    return ordered
 
 
-def _errors(cells: Mapping[tuple[str, int], np.ndarray], weights: np.ndarray) -> _Errors:
-    rates = {cell: weights @ (places != 0) for cell, places in cells.items()}
-    by_corruption: dict[str, dict[int, Any]] = {}
-    for (corruption, severity), rate in rates.items():
-        by_corruption.setdefault(corruption, {})[severity] = rate
-    clean = by_corruption.pop(CLEAN)[0]
-    return _Errors(clean, {name: corruption_error(errors) for name, errors in by_corruption.items()})
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _measures(errors: _Errors, baseline: _Errors | None, imagenet: bool) -> dict[str, Any]:
-    tested = errors.by_corruption.keys() >= set(TEST_CORRUPTIONS)
-    measures = {'E': 100 * errors.clean}
-    measures.update({f'CE_{name}': 100 * error for name, error in errors.by_corruption.items()})
-    measures['plain_mCE'] = 100 * plain_mce(errors.by_corruption) if tested else None
-    measures['alexnet_normalized_mCE'] = 100 * normalized_mce(errors.by_corruption) if tested and imagenet else None
-    measures['relative_mCE'] = measures['R_net'] = None
-    if tested and baseline is not None and baseline.by_corruption.keys() >= set(TEST_CORRUPTIONS):
-        measures['relative_mCE'] = 100 * relative_mce(*errors, *baseline)
-        measures['R_net'] = net_error_reduction(
-            errors.clean, plain_mce(errors.by_corruption), baseline.clean, plain_mce(baseline.by_corruption)
-        )
-    return measures
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _common_geometry(configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    geometries = {
-        name: {key: config[key] for key in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
-        for name, config in configs.items()
-    }
-    (first, geometry), *others = geometries.items()
-    for name, other in others:
-        for key, value in other.items():
-            if value != geometry[key]:
-                raise ValueError(
-                    f'{name} takes pictures of {key}={value}, {first} of {geometry[key]}: evaluate them apart.'
-                )
-    return geometry
+def _write_examples(folder: Path, views: _Views, corruptions: Sequence[str], severities: Sequence[int]) -> None:
+    """Keep a few pictures as the first model sees them, at the middle severity."""
+    count = len(views.indices)
+    severity = sorted(severities)[len(severities) // 2] if severities else 0
+    passes = [(CLEAN, 0)] if views.clean is not None else []
+    passes += [(corruption, severity) for corruption in corruptions]
+    for place in sorted({(2 * turn + 1) * count // (2 * EXAMPLES) for turn in range(EXAMPLES)}):
+        for of_pass in passes:
+            path = folder / 'examples' / f'{of_pass[0]}-{of_pass[1]}-{place}.png'
+            if not path.exists():
+                images, target = views[_View(*of_pass, views.indices[place])]
+                if target >= 0:
+                    buffer = io.BytesIO()
+                    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(buffer, 'png')
+                    write_whole(path, buffer.getvalue())
 
 
-def _targets_and_classes(dataset: Any) -> tuple[list[int], int]:
-    samples = getattr(dataset.reader, 'samples', None)
-    if samples is None:
-        raise ValueError(f'dataset must be one of image files in folders, got a {type(dataset.reader).__name__}.')
-    return [target for _, target in samples], len(dataset.reader.class_to_idx)
+def _check_same_pictures(clean: DatasetPictures, stored: StoredFolders | StoredArrays) -> None:
+    if len(clean.targets) != len(stored.targets):
+        raise ValueError(f'dataset has {len(clean.targets)} pictures, the stored corruptions {len(stored.targets)}.')
+    for place, (ours, theirs) in enumerate(zip(_identities(clean), _identities(stored), strict=True)):
+        if ours != theirs:
+            raise ValueError(
+                'dataset and stored corruptions must hold the same pictures in the same order; '
+                f'picture {place} is {clean.names[place]} of class {clean.targets[place]} here '
+                f'and {stored.names[place]} of class {stored.targets[place]} there.'
+            )
+
+
+def _identities(pictures: DatasetPictures | StoredFolders | StoredArrays) -> list[tuple[str, int]]:
+    """Name, without folder and ending, and class of each picture; the endings may differ between the two."""
+    stems = (Path(name).stem for name in pictures.names)
+    return list(zip(stems, pictures.targets, strict=True))
 
 
 def _protocol(
     models: Mapping[str, nn.Module],
-    configs: Mapping[str, dict[str, Any]],
-    dataset: Any,
-    classes: int,
-    indices: Sequence[int],
-    seed: int,
+    configs: Mapping[str, Mapping[str, Any]],
+    views: _Views,
     amp_dtype: torch.dtype | None,
+    device: str | torch.device,
 ) -> dict[str, Any]:
-    names = '\n'.join(f'{dataset.filename(index)} {dataset.reader.samples[index][1]}' for index in indices)
-    return {
-        'corruptions': {
+    pictures, indices = views.pictures, views.indices
+    names = '\n'.join(f'{pictures.names[index]} {pictures.targets[index]}' for index in indices)
+    if views.stored is None:
+        corruptions: dict[str, Any] = {
             'generated_by': f'imagecorruptions-imaug {_version("imagecorruptions-imaug")}',
-            'seed': seed,
-        },
+            'seed': views.seed,
+            'applied_to': 'the resized and cropped picture',
+        }
+    else:
+        corruptions = {
+            'stored_as': views.stored.layout,
+            'stored_names_sha256': _sha256('\n'.join(views.stored.names)),
+            'crop': 'none: short side to input_size, centre',
+        }
+    classes = len(pictures.classes)
+    return {
+        'corruptions': corruptions,
         'data': {
             'images': len(indices),
             'classes': classes,
-            'names_sha256': hashlib.sha256(names.encode()).hexdigest(),
+            'imagenet_1k': classes == 1000 == len(set(pictures.targets)),
+            'clean': views.clean is not None,
+            'names_sha256': _sha256(names),
         },
-        'precision': str(amp_dtype or torch.float32).removeprefix('torch.'),
         'versions': {name: _version(name) for name in ('timm-pushpull', 'timm', 'torch', 'numpy', 'pillow')},
         'models': {
             name: {
+                'architecture': (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'),
                 **configs[name],
                 'param_count': round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
                 'weights_sha256': _hash_weights(model),
+                # What the weights do not hold, such as a fixed alpha or the averaging window.
+                'modules_sha256': _sha256(re.sub(' at 0x[0-9a-f]+', '', str(model))),
+                'precision': str(amp_dtype or torch.float32).removeprefix('torch.'),
+                'device': torch.device(device).type,
             }
             for name, model in models.items()
         },
@@ -358,74 +422,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _hash_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _check_protocol(folder: Path, protocol: dict[str, Any]) -> None:
-    """Write the protocol, or compare it with the one of the results that are there; models may join."""
-    path = folder / 'protocol.json'
-    protocol = json.loads(json.dumps(protocol))
-    if path.exists():
-        finished = json.loads(path.read_text())
-        joined = {**finished['models'], **protocol['models']}
-        # What the folder holds is compared; models that are new to it are not.
-        ours = {**protocol, 'models': {name: joined[name] for name in finished['models']}}
-        for field, there, here in _differences(finished, ours):
-            raise ValueError(
-                f'{folder} holds results of another protocol: {field} is {there} there and {here} here. '
-                'Name another folder.'
-            )
-        protocol['models'] = joined
-    _write(path, (json.dumps(protocol, indent=2) + '\n').encode())
-
-
-def _differences(there: Any, here: Any, field: str = '') -> Iterable[tuple[str, Any, Any]]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*there, *(key for key in here if key not in there)]:
-            yield from _differences(there.get(key), here.get(key), f'{field}.{key}' if field else key)
-    elif there != here:
-        yield field, there, here
-
-
-def _answers_path(folder: Path, name: str, corruption: str, severity: int) -> Path:
-    safe_name = ''.join(c if c.isalnum() or c in '._-' else '_' for c in name)
-    return folder / 'answers' / safe_name / f'{corruption}-{severity}.npy'
-
-
-def _write_errors(folder: Path) -> None:
-    _write_csv(
-        folder / 'errors.csv',
-        [
-            {
-                'model': name,
-                'corruption': corruption,
-                'severity': severity,
-                'images': len(places),
-                'errors': int((places != 0).sum()),
-            }
-            for name, cells in sorted(read_answers(folder).items())
-            for (corruption, severity), places in sorted(cells.items())
-        ],
-    )
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    columns = dict.fromkeys(column for row in rows for column in row)
-    text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, list(columns), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    _write(path, text.getvalue().encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{path.name}.unfinished')
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)

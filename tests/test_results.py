@@ -1,0 +1,92 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from timm_pushpull.measures import TEST_CORRUPTIONS, net_error_reduction
+from timm_pushpull.results import ANSWER, UNREAD, answers_path, summarize, write_answers, write_errors, write_summary
+
+FIVE = (1, 2, 3, 4, 5)
+
+
+def write_results(folder, errors, images=100, classes=1000):
+    """A results folder of pictures of which the first ones are wrong."""
+    model = dict(input_size=[3, 32, 32], crop_pct=1.0, interpolation='bilinear', param_count=1.0)
+    data = dict(images=images, classes=classes, imagenet_1k=classes == 1000)
+    folder.mkdir(exist_ok=True)
+    (folder / 'protocol.json').write_text(json.dumps(dict(data=data, models=dict.fromkeys(errors, model))))
+    for name, passes in errors.items():
+        for (corruption, severity), wrong in passes.items():
+            answers = np.zeros(images, ANSWER)
+            answers['place'][:wrong] = 5
+            write_answers(answers_path(folder, name, corruption, severity), answers)
+
+
+def test_summary_by_hand(tmp_path):
+    corrupted = [(name, severity) for name in TEST_CORRUPTIONS for severity in FIVE]
+    errors = {
+        'a': {('clean', 0): 20, ('saturate', 1): 90} | {(name, s): 20 + 10 * s for name, s in corrupted},
+        'b': {('clean', 0): 30} | {(name, s): 10 * s for name, s in corrupted},
+    }
+    write_results(tmp_path, errors)
+    a, b = summarize(tmp_path, baseline='a')
+    assert (a['top1'], a['top1_err'], a['top5']) == (80, 20, 80)
+    assert (a['E'], a['CE_fog'], a['CE_saturate'], a['plain_mCE']) == (20, 50, 90, 50)
+    assert (b['E'], b['CE_fog'], b['plain_mCE']) == (30, 30, 30)
+    assert (a['relative_mCE'], a['R_net']) == (100, 0)
+    assert b['relative_mCE'] == 0 and b['R_net'] == pytest.approx(net_error_reduction(0.3, 0.3, 0.2, 0.5))
+    assert a['alexnet_normalized_mCE'] != a['plain_mCE'] and a['severities'] == '1 2 3 4 5'
+    # 95% of a binomial share of 0.2 in 100: 1.96 * sqrt(0.2 * 0.8 / 100) = 0.078 to each side
+    assert a['E_low'] == pytest.approx(20 - 7.8, abs=1.5) and a['E_high'] == pytest.approx(20 + 7.8, abs=1.5)
+    assert a['R_net_low'] == a['R_net_high'] == 0
+
+
+def test_means_that_would_mean_nothing_are_left_empty(tmp_path):
+    def empty(folder, errors, **kwargs):
+        write_results(folder, {'a': errors, 'b': {(name, 1): 5 for name in TEST_CORRUPTIONS}}, images=10, **kwargs)
+        row = summarize(folder, baseline='b')[0]
+        return {name for name in ('E', 'plain_mCE', 'alexnet_normalized_mCE', 'R_net') if row[name] == ''}
+
+    def passes(severities=FIVE, but=()):
+        return {(name, severity): 5 for name in TEST_CORRUPTIONS for severity in severities if name not in but}
+
+    clean = {('clean', 0): 2}
+    assert empty(tmp_path / 'one', {**clean, ('fog', 1): 5}) == {'plain_mCE', 'alexnet_normalized_mCE', 'R_net'}
+    assert empty(tmp_path / 'fourteen', clean | passes(but='fog')) == {'plain_mCE', 'alexnet_normalized_mCE', 'R_net'}
+    assert empty(tmp_path / 'ten classes', clean | passes(), classes=10) == {'alexnet_normalized_mCE', 'R_net'}
+    assert empty(tmp_path / 'two severities', clean | passes((1, 5))) == {'alexnet_normalized_mCE', 'R_net'}
+    mixed = clean | passes() | {('fog', 5): 5}
+    del mixed['fog', 2]
+    assert empty(tmp_path / 'mixed severities', mixed) == {'plain_mCE', 'alexnet_normalized_mCE', 'R_net'}
+    assert empty(tmp_path / 'not clean', passes()) == {'E', 'R_net'}
+
+
+def test_pictures_that_could_not_be_read_do_not_count(tmp_path):
+    write_results(tmp_path, {'a': {('clean', 0): 20}})
+    answers = np.zeros(100, ANSWER)
+    answers['place'][:30] = 1
+    answers['place'][90:] = UNREAD
+    write_answers(answers_path(tmp_path, 'a', 'fog', 3), answers)
+    write_errors(tmp_path)
+    (row,) = write_summary(tmp_path)
+    assert row['CE_fog'] == pytest.approx(100 * 30 / 90, abs=1e-3) and row['unreadable'] == 10
+    assert row['CE_fog_low'] < row['CE_fog'] < row['CE_fog_high']
+    with open(tmp_path / 'errors.csv') as file:
+        clean, fog = csv.DictReader(file)
+    assert (clean['images'], clean['errors'], clean['unreadable']) == ('100', '20', '0')
+    assert (fog['images'], fog['errors'], fog['unreadable']) == ('90', '30', '10')
+
+
+def test_a_summary_keeps_its_baseline(tmp_path):
+    write_results(tmp_path, {'a': {('clean', 0): 20}, 'b': {('clean', 0): 30}})
+    write_summary(tmp_path, 'b')
+    assert [row['baseline'] for row in write_summary(tmp_path)] == ['b', 'b']
+    assert [row['baseline'] for row in write_summary(tmp_path, 'a')] == ['a', 'a']
+    with pytest.raises(ValueError, match='baseline must be one of the models a, b, got'):
+        write_summary(tmp_path, 'c')
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='holds no results'):
+        summarize(tmp_path)

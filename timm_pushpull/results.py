@@ -1,0 +1,346 @@
+"""A results folder: every picture's answer is kept in it, and every figure follows from that.
+
+It holds
+
+- ``protocol.json``: how the figures were made; a run of another protocol is refused;
+- ``pictures.csv``: name and class of each picture;
+- ``answers/MODEL/CORRUPTION-SEVERITY.npy``: of each picture the model's answer, and the place of the right class among
+  its first five answers, 0 to 4, or 5; 255 where the picture could not be read;
+- ``errors.csv``: pictures and errors by model, corruption and severity;
+- ``summary.csv``: E, CE and the means, each with its 95% interval;
+- ``examples/CORRUPTION-SEVERITY-PICTURE.png``: a few pictures as the models saw them.
+
+``errors.csv`` and ``summary.csv`` can be made anew from the answers.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .corruptions import SEVERITIES
+from .files import write_whole
+from .measures import (
+    TEST_CORRUPTIONS,
+    corruption_error,
+    net_error_reduction,
+    normalized_mce,
+    plain_mce,
+    relative_mce,
+)
+
+__all__ = [
+    'ANSWER',
+    'CLEAN',
+    'TOP',
+    'UNREAD',
+    'answers_path',
+    'join_protocol',
+    'read_answers',
+    'read_csv',
+    'read_protocol',
+    'summarize',
+    'write_answers',
+    'write_errors',
+    'write_pictures',
+    'write_summary',
+]
+
+CLEAN = 'clean'
+TOP = 5
+UNREAD = 255
+ANSWER = np.dtype([('answer', '<u2'), ('place', 'u1')])
+RESAMPLES = 1000
+
+
+def read_protocol(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read how the figures of a results folder were made.
+
+    Args:
+        folder: Results folder.
+
+    Returns:
+        Content of ``protocol.json``.
+
+    Raises:
+        ValueError: If the folder holds no results.
+    """
+    try:
+        return json.loads((Path(folder) / 'protocol.json').read_text())
+    except FileNotFoundError:
+        raise ValueError(f'{folder} holds no results: there is no protocol.json.') from None
+
+
+def join_protocol(folder: str | os.PathLike[str], protocol: dict[str, Any], baseline: str | None = None) -> None:
+    """Write the protocol, or compare it with that of the results which are there; new models and passes may join.
+
+    Args:
+        folder: Results folder.
+        protocol: Protocol of a run.
+        baseline: Model that must be among those of the run and of the results.
+
+    Raises:
+        ValueError: If the results there were made in another way, the field that differs is named; or if the baseline
+            is not among the models.
+    """
+    path = Path(folder) / 'protocol.json'
+    protocol = json.loads(json.dumps(protocol))
+    if path.exists():
+        finished = read_protocol(folder)
+        joined = {**finished['models'], **protocol['models']}
+        # What the folder holds is compared; models that are new to it are not.
+        ours = {**protocol, 'models': {name: joined[name] for name in finished['models']}}
+        for field, there, here in _differences(finished, ours):
+            raise ValueError(
+                f'{folder} holds results of another protocol: {field} is {there} there and {here} here. '
+                'Name another folder.'
+            )
+        protocol['models'] = joined
+    _check_baseline(baseline, protocol)
+    write_whole(path, (json.dumps(protocol, indent=2) + '\n').encode())
+
+
+def _check_baseline(baseline: str | None, protocol: Mapping[str, Any]) -> None:
+    if baseline is not None and baseline not in protocol['models']:
+        raise ValueError(f'baseline must be one of the models {", ".join(protocol["models"])}, got {baseline!r}.')
+
+
+def _differences(there: Any, here: Any, field: str = '') -> Iterable[tuple[str, Any, Any]]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(key for key in here if key not in there)]:
+            yield from _differences(there.get(key), here.get(key), f'{field}.{key}' if field else key)
+    elif there != here:
+        yield field, there, here
+
+
+def write_pictures(folder: str | os.PathLike[str], pictures: Iterable[tuple[str, str]]) -> None:
+    """Write ``pictures.csv``.
+
+    Args:
+        folder: Results folder.
+        pictures: Name and class of each picture.
+    """
+    _write_csv(Path(folder) / 'pictures.csv', [{'picture': name, 'class': label} for name, label in pictures])
+
+
+def answers_path(folder: str | os.PathLike[str], model: str, corruption: str, severity: int) -> Path:
+    """Name the file of one model's answers to one corruption at one severity.
+
+    Args:
+        folder: Results folder.
+        model: Name of the model.
+        corruption: Name of the corruption, or ``'clean'``.
+        severity: Its severity, 0 for clean pictures.
+
+    Returns:
+        The file, which may not exist.
+    """
+    safe_name = ''.join(c if c.isalnum() or c in '._-' else '_' for c in model)
+    return Path(folder) / 'answers' / safe_name / f'{corruption}-{severity}.npy'
+
+
+def write_answers(path: Path, answers: np.ndarray) -> None:
+    """Write the answers of one model to one corruption at one severity.
+
+    Args:
+        path: What :func:`answers_path` names.
+        answers: Array of type ``ANSWER``.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, answers)
+    write_whole(path, buffer.getvalue())
+
+
+def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[tuple[str, int], np.ndarray]]:
+    """Read the answers in a results folder.
+
+    Args:
+        folder: Results folder.
+
+    Returns:
+        By model, then by corruption and severity (``('clean', 0)`` for clean pictures): of each picture the class that
+        the model gave (``answer``), and the place of the right class among its first five (``place``): 0 to 4, or 5,
+        or 255 where the picture could not be read.
+    """
+    answers: dict[str, dict[tuple[str, int], np.ndarray]] = {}
+    for name in read_protocol(folder)['models']:
+        answers[name] = {}
+        for path in sorted(answers_path(folder, name, CLEAN, 0).parent.glob('*.npy')):
+            corruption, severity = path.stem.rsplit('-', 1)
+            answers[name][corruption, int(severity)] = np.load(path, allow_pickle=False)
+    return answers
+
+
+def write_errors(folder: str | os.PathLike[str]) -> None:
+    """Write ``errors.csv`` from the answers.
+
+    Args:
+        folder: Results folder.
+    """
+    rows = []
+    for name, passes in sorted(read_answers(folder).items()):
+        for (corruption, severity), answers in sorted(passes.items()):
+            read = answers['place'][answers['place'] != UNREAD]
+            row = {'model': name, 'corruption': corruption, 'severity': severity, 'images': len(read)}
+            rows.append({**row, 'errors': int((read != 0).sum()), 'unreadable': len(answers) - len(read)})
+    _write_csv(Path(folder) / 'errors.csv', rows)
+
+
+def write_summary(folder: str | os.PathLike[str], baseline: str | None = None) -> list[dict[str, Any]]:
+    """Write ``summary.csv`` from the answers.
+
+    Args:
+        folder: Results folder.
+        baseline: Name of the model that relative mCE and R_net are measured against; None for that of the summary
+            which is there, if it has one.
+
+    Returns:
+        Its rows, see :func:`summarize`.
+
+    Raises:
+        ValueError: If the baseline is not among the models.
+    """
+    path = Path(folder) / 'summary.csv'
+    if baseline is None and path.exists():
+        baseline = next((row['baseline'] for row in read_csv(path)), None) or None
+    rows = summarize(folder, baseline)
+    _write_csv(path, rows)
+    return rows
+
+
+def summarize(folder: str | os.PathLike[str], baseline: str | None = None) -> list[dict[str, Any]]:
+    """Derive the measures of each model from its answers.
+
+    The intervals hold the middle 95% of what 1,000 resamples of the pictures give, the same resamples for each model.
+    A picture that could not be read counts neither as an error nor as a picture.
+
+    Args:
+        folder: Results folder.
+        baseline: Name of the model that relative mCE and R_net are measured against.
+
+    Returns:
+        One row a model: timm's own columns, the number of answers that unreadable pictures cost, then E, CE and means
+        in percent, ``_low`` and ``_high`` beside each. What needs pictures, corruptions, classes or a baseline that are
+        not there is left empty ('').
+
+    Raises:
+        ValueError: If the baseline is not among the models.
+    """
+    protocol = read_protocol(folder)
+    answers = {name: passes for name, passes in read_answers(folder).items() if passes}
+    _check_baseline(baseline, protocol)
+    rates = _error_rates(answers, protocol['data']['images'])
+    rows = []
+    for name, passes in answers.items():
+        details = protocol['models'][name]
+        row: dict[str, Any] = {'model': name, 'img_size': details['input_size'][-1]}
+        row.update(_accuracy(passes.get((CLEAN, 0))))
+        row.update({key: details[key] for key in ('param_count', 'crop_pct', 'interpolation')})
+        row['unreadable'] = sum(int((places['place'] == UNREAD).sum()) for places in passes.values())
+        row['severities'] = ' '.join(str(severity) for severity in rates[name].test_severities())
+        row['baseline'] = baseline or ''
+        measures = _measures(rates[name], rates.get(baseline or ''), protocol['data']['imagenet_1k'])
+        for measure, values in measures.items():
+            numbers = ('', '', '') if values is None else (values[0], *np.percentile(values[1:], (2.5, 97.5)))
+            row.update(zip((measure, f'{measure}_low', f'{measure}_high'), numbers, strict=True))
+        rows.append({column: round(float(v), 3) if isinstance(v, float) else v for column, v in row.items()})
+    return rows
+
+
+class _Rates(NamedTuple):
+    """Error rates of one model: arrays, the rate on the pictures themselves and then on each resample."""
+
+    clean: Any
+    by_corruption: dict[str, dict[int, Any]]
+
+    def corruption_errors(self) -> dict[str, Any]:
+        return {name: corruption_error(errors) for name, errors in self.by_corruption.items()}
+
+    def test_severities(self) -> tuple[int, ...]:
+        """The severities at which all 15 test corruptions were measured, if these are the same for each."""
+        sets = {tuple(sorted(self.by_corruption.get(name, ()))) for name in TEST_CORRUPTIONS}
+        return sets.pop() if len(sets) == 1 else ()
+
+
+def _error_rates(answers: Mapping[str, Mapping[tuple[str, int], np.ndarray]], images: int) -> dict[str, _Rates]:
+    places = [(name, *of, array['place']) for name, passes in answers.items() for of, array in passes.items()]
+    if not places:
+        return {}
+    wrong = np.stack([(place != 0) & (place != UNREAD) for *_, place in places], 1).astype(np.float32)
+    read = np.stack([place != UNREAD for *_, place in places], 1).astype(np.float32)
+    generator = np.random.default_rng(0)
+    draws = [np.arange(images)[None]]
+    draws += [generator.integers(images, size=(RESAMPLES // 20, images)) for _ in range(20)]
+    rates = np.concatenate([_rates_of(draw, wrong, read) for draw in draws])
+    of_models = {name: _Rates(None, {}) for name in answers}
+    for (name, corruption, severity, _), of_pass in zip(places, rates.T, strict=True):
+        if corruption == CLEAN:
+            of_models[name] = of_models[name]._replace(clean=of_pass)
+        else:
+            of_models[name].by_corruption.setdefault(corruption, {})[severity] = of_pass
+    return of_models
+
+
+def _rates_of(draws: np.ndarray, wrong: np.ndarray, read: np.ndarray) -> np.ndarray:
+    counts = np.stack([np.bincount(draw, minlength=draws.shape[1]) for draw in draws]).astype(np.float32)
+    return np.divide(counts @ wrong, counts @ read, dtype=np.float64)
+
+
+def _accuracy(clean: np.ndarray | None) -> dict[str, Any]:
+    columns = ('top1', 'top1_err', 'top5', 'top5_err')
+    if clean is None:
+        return dict.fromkeys(columns, '')
+    read = clean['place'][clean['place'] != UNREAD]
+    top1, top5 = 100 * float(np.mean(read == 0)), 100 * float(np.mean(read < TOP))
+    return dict(zip(columns, (top1, 100 - top1, top5, 100 - top5), strict=True))
+
+
+def _measures(rates: _Rates, baseline: _Rates | None, imagenet: bool) -> dict[str, Any]:
+    errors, severities = rates.corruption_errors(), rates.test_severities()
+    measures: dict[str, Any] = {'E': None if rates.clean is None else 100 * rates.clean}
+    measures.update({f'CE_{name}': 100 * errors[name] for name in sorted(errors, key=_place_in_table)})
+    measures['plain_mCE'] = 100 * plain_mce(errors) if severities else None
+    # AlexNet's errors are means over the five severities.
+    normalize = imagenet and severities == SEVERITIES
+    measures['alexnet_normalized_mCE'] = 100 * normalized_mce(errors) if normalize else None
+    measures['relative_mCE'] = measures['R_net'] = None
+    if baseline is not None and severities and severities == baseline.test_severities():
+        of_baseline = baseline.corruption_errors()
+        if rates.clean is not None and baseline.clean is not None:
+            measures['relative_mCE'] = 100 * relative_mce(rates.clean, errors, baseline.clean, of_baseline)
+            measures['R_net'] = net_error_reduction(
+                rates.clean, plain_mce(errors), baseline.clean, plain_mce(of_baseline)
+            )
+    return measures
+
+
+def _place_in_table(corruption: str) -> tuple[int, str]:
+    place = TEST_CORRUPTIONS.index(corruption) if corruption in TEST_CORRUPTIONS else len(TEST_CORRUPTIONS)
+    return place, corruption
+
+
+def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """Read a table of a results folder.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its rows.
+    """
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = dict.fromkeys(column for row in rows for column in row)
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, list(columns), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
