@@ -5,17 +5,27 @@ import numpy as np
 import pytest
 
 from timm_pushpull.measures import TEST_CORRUPTIONS, net_error_reduction
-from timm_pushpull.results import ANSWER, UNREAD, answers_path, summarize, write_answers, write_errors, write_summary
+from timm_pushpull.results import (
+    ANSWER,
+    UNREAD,
+    answers_path,
+    read_protocol,
+    write_answers,
+    write_errors,
+    write_summary,
+)
 
 FIVE = (1, 2, 3, 4, 5)
 
 
-def write_results(folder, errors, images=100, classes=1000):
+def write_results(folder, errors, images=100, classes=1000, seed=0):
     """A results folder of pictures of which the first ones are wrong."""
     model = dict(input_size=[3, 32, 32], crop_pct=1.0, interpolation='bilinear', param_count=1.0)
     data = dict(images=images, classes=classes, imagenet_1k=classes == 1000)
     folder.mkdir(exist_ok=True)
-    (folder / 'protocol.json').write_text(json.dumps(dict(data=data, models=dict.fromkeys(errors, model))))
+    corruptions = dict(generated_by='a package', seed=seed)
+    protocol = dict(corruptions=corruptions, data=data, models=dict.fromkeys(errors, model))
+    (folder / 'protocol.json').write_text(json.dumps(protocol))
     for name, passes in errors.items():
         for (corruption, severity), wrong in passes.items():
             answers = np.zeros(images, ANSWER)
@@ -30,7 +40,7 @@ def test_summary_by_hand(tmp_path):
         'b': {('clean', 0): 30} | {(name, s): 10 * s for name, s in corrupted},
     }
     write_results(tmp_path, errors)
-    a, b = summarize(tmp_path, baseline='a')
+    a, b = write_summary(tmp_path, baseline='a')
     assert (a['top1'], a['top1_err'], a['top5']) == (80, 20, 80)
     assert (a['E'], a['CE_fog'], a['CE_saturate'], a['plain_mCE']) == (20, 50, 90, 50)
     assert (b['E'], b['CE_fog'], b['plain_mCE']) == (30, 30, 30)
@@ -45,7 +55,7 @@ def test_summary_by_hand(tmp_path):
 def test_means_that_would_mean_nothing_are_left_empty(tmp_path):
     def empty(folder, errors, **kwargs):
         write_results(folder, {'a': errors, 'b': {(name, 1): 5 for name in TEST_CORRUPTIONS}}, images=10, **kwargs)
-        row = summarize(folder, baseline='b')[0]
+        row = write_summary(folder, baseline='b')[0]
         return {name for name in ('E', 'plain_mCE', 'alexnet_normalized_mCE', 'R_net') if row[name] == ''}
 
     def passes(severities=FIVE, but=()):
@@ -89,4 +99,4 @@ def test_a_summary_keeps_its_baseline(tmp_path):
 
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match='holds no results'):
-        summarize(tmp_path)
+        read_protocol(tmp_path)

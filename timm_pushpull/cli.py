@@ -67,6 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument('--workers', type=int, default=2, metavar='N', help='processes that decode and corrupt')
     robustness.set_defaults(run=_robustness)
 
+    report = commands.add_parser('report', help='a page with tables and pictures from results of robustness')
+    report.add_argument('folders', nargs='+', metavar='FOLDER', help='results folder')
+    report.add_argument('--output', metavar='FOLDER', help='where the page goes; by default FOLDER/report of the first')
+    report.add_argument('--baseline', metavar='MODEL', help='model that relative mCE and R_net compare with')
+    report.set_defaults(run=_report)
+
+    figures = commands.add_parser('figures', help='what the push-pull unit of a model sees: kernels, noise, spectra')
+    figures.add_argument('model', metavar='MODEL', help='any name that timm.create_model takes')
+    figures.add_argument('--output', required=True, metavar='FOLDER', help='where the PNG and CSV files go')
+    figures.add_argument('--seed', type=int, default=0, metavar='N', help='number of the draw of the noise')
+    figures.add_argument('--checkpoint', metavar='FILE')
+    figures.add_argument('--use-ema', action='store_true', help='EMA weights of the checkpoint')
+    figures.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
+    figures.add_argument('--num-classes', type=int, metavar='N')
+    figures.set_defaults(run=_figures)
+
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -151,14 +167,23 @@ def _robustness(args: argparse.Namespace) -> None:
         _print_summary(rows, args.output)
 
 
-def _create_models(args: argparse.Namespace) -> dict[str, Any]:
-    from timm.models import create_model, load_checkpoint
+def _report(args: argparse.Namespace) -> None:
+    from .report import write_report
 
+    print(write_report(args.folders, args.output or f'{args.folders[0]}/report', args.baseline))
+
+
+def _figures(args: argparse.Namespace) -> None:
+    from .figures import draw_figures
+
+    for path in draw_figures(_create_model(args.model, args.checkpoint, args), args.output, args.seed):
+        print(path)
+
+
+def _create_models(args: argparse.Namespace) -> dict[str, Any]:
     checkpoints = args.checkpoint or [None] * len(args.models)
     if len(checkpoints) != len(args.models):
-        raise ValueError(
-            f'--checkpoint must name one file for each of {len(args.models)} models, got {len(checkpoints)}.'
-        )
+        raise ValueError(f'--checkpoint must name one file for each of the models, got {len(checkpoints)}.')
     models: dict[str, Any] = {}
     for name, checkpoint in zip(args.models, checkpoints, strict=True):
         label, equals, model_name = name.partition('=')
@@ -166,16 +191,21 @@ def _create_models(args: argparse.Namespace) -> dict[str, Any]:
             label = model_name = name
         if label in models:
             raise ValueError(f'model {label} is given twice: tell them apart as LABEL={model_name}.')
-        try:
-            model = create_model(
-                model_name, pretrained=checkpoint is None, num_classes=args.num_classes, **args.model_kwargs
-            )
-            if checkpoint is not None:
-                load_checkpoint(model, checkpoint, args.use_ema)
-        except (RuntimeError, TypeError) as error:  # an unknown name, weights or settings that do not fit
-            raise ValueError(f'{label}: {textwrap.shorten(str(error), 300)}') from None
-        models[label] = model
+        models[label] = _create_model(model_name, checkpoint, args)
     return models
+
+
+def _create_model(name: str, checkpoint: str | None, args: argparse.Namespace) -> Any:
+    """As ``validate.py`` does, with errors that name the model."""
+    from timm.models import create_model, load_checkpoint
+
+    try:
+        model = create_model(name, pretrained=checkpoint is None, num_classes=args.num_classes, **args.model_kwargs)
+        if checkpoint is not None:
+            load_checkpoint(model, checkpoint, args.use_ema)
+    except (RuntimeError, TypeError) as error:  # an unknown name, weights or settings that do not fit
+        raise ValueError(f'{name}: {textwrap.shorten(str(error), 300)}') from None
+    return model
 
 
 def _print_summary(rows: Sequence[dict[str, Any]], folder: str) -> None:

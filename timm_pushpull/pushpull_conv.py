@@ -20,7 +20,7 @@ else:
     # TorchScript knows "an int, or one for each axis" by this name only.
     from torch._jit_internal import BroadcastingList2
 
-__all__ = ['PushPullConv2d', 'push_pull_conv2d']
+__all__ = ['PushPullConv2d', 'pull_kernels', 'push_pull_conv2d']
 
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +28,20 @@ _logger = logging.getLogger(__name__)
 def _check_avg_pool_size(avg_pool_size: int) -> None:
     if not isinstance(avg_pool_size, int) or avg_pool_size < 0 or (avg_pool_size > 0 and avg_pool_size % 2 == 0):
         raise ValueError(f'avg_pool_size must be 0 or a positive odd integer, got {avg_pool_size}.')
+
+
+def pull_kernels(weight: Tensor) -> Tensor:
+    r"""Pull kernels :math:`K_o = \max(W_o) + \min(W_o) - W_o`: the same range of values, the contrast inverted.
+
+    Args:
+        weight: Push kernels (O, C / groups, kh, kw).
+
+    Returns:
+        Pull kernels, of the same shape and data type.
+    """
+    # In half precision max + min would be rounded once for the whole kernel, an error that adds up over the window.
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return (wide.amax((1, 2, 3), keepdim=True) + wide.amin((1, 2, 3), keepdim=True) - wide).to(weight.dtype)
 
 
 @torch.fx.wrap  # fx keeps it as one node: its checks read shapes, which a traced value does not have
@@ -82,12 +96,8 @@ def push_pull_conv2d(
                 f'got shape {list(alpha.shape)}.'
             )
 
-    # In half precision max + min would be rounded once for the whole kernel, an error that adds up over the window.
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    pull_kernel = (wide.amax((1, 2, 3), keepdim=True) + wide.amin((1, 2, 3), keepdim=True) - wide).to(weight.dtype)
-
     push = F.conv2d(input, weight, None, stride, padding, dilation, groups)
-    pull = F.conv2d(input, pull_kernel, None, stride, padding, dilation, groups)
+    pull = F.conv2d(input, pull_kernels(weight), None, stride, padding, dilation, groups)
     if avg_pool_size > 0:
         pull = F.avg_pool2d(pull, avg_pool_size, 1, avg_pool_size // 2, count_include_pad=False)
     if isinstance(alpha, Tensor):

@@ -3,7 +3,7 @@
 It holds
 
 - ``protocol.json``: how the figures were made; a run of another protocol is refused;
-- ``pictures.csv``: name and class of each picture;
+- ``pictures.csv``, ``classes.csv``: name and class of each picture, name of each class;
 - ``answers/MODEL/CORRUPTION-SEVERITY.npy``: of each picture the model's answer, and the place of the right class among
   its first five answers, 0 to 4, or 5; 255 where the picture could not be read;
 - ``errors.csv``: pictures and errors by model, corruption and severity;
@@ -42,6 +42,7 @@ __all__ = [
     'answers_path',
     'join_protocol',
     'read_answers',
+    'read_baseline',
     'read_csv',
     'read_protocol',
     'summarize',
@@ -118,14 +119,20 @@ def _differences(there: Any, here: Any, field: str = '') -> Iterable[tuple[str, 
         yield field, there, here
 
 
-def write_pictures(folder: str | os.PathLike[str], pictures: Iterable[tuple[str, str]]) -> None:
-    """Write ``pictures.csv``.
+def write_pictures(
+    folder: str | os.PathLike[str], names: Sequence[str], targets: Sequence[int], classes: Sequence[str]
+) -> None:
+    """Write ``pictures.csv`` and ``classes.csv``.
 
     Args:
         folder: Results folder.
-        pictures: Name and class of each picture.
+        names: Name of each picture.
+        targets: Class of each picture.
+        classes: Name of each class.
     """
-    _write_csv(Path(folder) / 'pictures.csv', [{'picture': name, 'class': label} for name, label in pictures])
+    pictures = [{'picture': name, 'class': target} for name, target in zip(names, targets, strict=True)]
+    _write_csv(Path(folder) / 'pictures.csv', pictures)
+    _write_csv(Path(folder) / 'classes.csv', [{'class': index, 'name': name} for index, name in enumerate(classes)])
 
 
 def answers_path(folder: str | os.PathLike[str], model: str, corruption: str, severity: int) -> Path:
@@ -205,22 +212,38 @@ def write_summary(folder: str | os.PathLike[str], baseline: str | None = None) -
     Raises:
         ValueError: If the baseline is not among the models.
     """
-    path = Path(folder) / 'summary.csv'
-    if baseline is None and path.exists():
-        baseline = next((row['baseline'] for row in read_csv(path)), None) or None
-    rows = summarize(folder, baseline)
-    _write_csv(path, rows)
+    rows = summarize(read_protocol(folder), read_answers(folder), baseline or read_baseline(folder))
+    _write_csv(Path(folder) / 'summary.csv', rows)
     return rows
 
 
-def summarize(folder: str | os.PathLike[str], baseline: str | None = None) -> list[dict[str, Any]]:
+def read_baseline(folder: str | os.PathLike[str]) -> str | None:
+    """Read which model ``summary.csv`` compares with.
+
+    Args:
+        folder: Results folder.
+
+    Returns:
+        Name of the model, None if there is none.
+    """
+    path = Path(folder) / 'summary.csv'
+    rows = read_csv(path) if path.exists() else []
+    return rows[0]['baseline'] or None if rows else None
+
+
+def summarize(
+    protocol: Mapping[str, Any],
+    answers: Mapping[str, Mapping[tuple[str, int], np.ndarray]],
+    baseline: str | None = None,
+) -> list[dict[str, Any]]:
     """Derive the measures of each model from its answers.
 
     The intervals hold the middle 95% of what 1,000 resamples of the pictures give, the same resamples for each model.
     A picture that could not be read counts neither as an error nor as a picture.
 
     Args:
-        folder: Results folder.
+        protocol: How the answers were made (:func:`read_protocol`).
+        answers: Answers by model, corruption and severity (:func:`read_answers`).
         baseline: Name of the model that relative mCE and R_net are measured against.
 
     Returns:
@@ -231,9 +254,8 @@ def summarize(folder: str | os.PathLike[str], baseline: str | None = None) -> li
     Raises:
         ValueError: If the baseline is not among the models.
     """
-    protocol = read_protocol(folder)
-    answers = {name: passes for name, passes in read_answers(folder).items() if passes}
     _check_baseline(baseline, protocol)
+    answers = {name: passes for name, passes in answers.items() if passes}
     rates = _error_rates(answers, protocol['data']['images'])
     rows = []
     for name, passes in answers.items():
@@ -244,12 +266,18 @@ def summarize(folder: str | os.PathLike[str], baseline: str | None = None) -> li
         row['unreadable'] = sum(int((places['place'] == UNREAD).sum()) for places in passes.values())
         row['severities'] = ' '.join(str(severity) for severity in rates[name].test_severities())
         row['baseline'] = baseline or ''
-        measures = _measures(rates[name], rates.get(baseline or ''), protocol['data']['imagenet_1k'])
+        with np.errstate(divide='ignore', invalid='ignore'):
+            measures = _measures(rates[name], rates.get(baseline or ''), protocol['data']['imagenet_1k'])
         for measure, values in measures.items():
-            numbers = ('', '', '') if values is None else (values[0], *np.percentile(values[1:], (2.5, 97.5)))
-            row.update(zip((measure, f'{measure}_low', f'{measure}_high'), numbers, strict=True))
-        rows.append({column: round(float(v), 3) if isinstance(v, float) else v for column, v in row.items()})
+            numbers = [None] * 3 if values is None else [values[0], *np.percentile(values[1:], (2.5, 97.5))]
+            row.update(zip((measure, f'{measure}_low', f'{measure}_high'), map(_rounded, numbers), strict=True))
+        rows.append(row)
     return rows
+
+
+def _rounded(number: float | None) -> float | str:
+    """To a thousandth; '' where there is no number, as where a corruption adds nothing to the baseline's error."""
+    return '' if number is None or not np.isfinite(number) else round(float(number), 3)
 
 
 class _Rates(NamedTuple):
@@ -296,8 +324,8 @@ def _accuracy(clean: np.ndarray | None) -> dict[str, Any]:
     if clean is None:
         return dict.fromkeys(columns, '')
     read = clean['place'][clean['place'] != UNREAD]
-    top1, top5 = 100 * float(np.mean(read == 0)), 100 * float(np.mean(read < TOP))
-    return dict(zip(columns, (top1, 100 - top1, top5, 100 - top5), strict=True))
+    top1, top5 = 100 * np.mean(read == 0), 100 * np.mean(read < TOP)
+    return dict(zip(columns, map(_rounded, (top1, 100 - top1, top5, 100 - top5)), strict=True))
 
 
 def _measures(rates: _Rates, baseline: _Rates | None, imagenet: bool) -> dict[str, Any]:

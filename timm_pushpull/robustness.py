@@ -121,7 +121,8 @@ def evaluate_robustness(
     if _rank() == 0:
         protocol = _protocol(models, configs, views, amp_dtype, device)
         join_protocol(folder, protocol, baseline)
-        write_pictures(folder, [(pictures.names[i], pictures.classes[pictures.targets[i]]) for i in views.indices])
+        names, targets = [pictures.names[i] for i in indices], [pictures.targets[i] for i in indices]
+        write_pictures(folder, names, targets, pictures.classes)
         plan[0] = [
             (of_pass, todo)
             for of_pass in passes

@@ -1,0 +1,127 @@
+import base64
+import html.parser
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_results import FIVE, write_results
+
+from timm_pushpull.cli import main
+from timm_pushpull.files import write_whole
+from timm_pushpull.measures import TEST_CORRUPTIONS
+from timm_pushpull.report import write_report
+from timm_pushpull.results import (
+    answers_path,
+    read_answers,
+    read_protocol,
+    write_answers,
+    write_pictures,
+    write_summary,
+)
+
+pytest.importorskip('matplotlib')
+PASSES = [(name, severity) for name in TEST_CORRUPTIONS for severity in FIVE]
+PICTURES = {'error_by_corruption.png', 'error_by_severity.png', 'mce_against_clean_error.png', 'examples.png'}
+
+
+def write_finished(folder, errors=None, baseline='plain <1>', **protocol):
+    """A results folder of ten pictures of two classes, with the pictures that a run keeps."""
+    errors = errors or {'plain <1>': (2, 5), 'pp': (3, 4)}
+    passes = {
+        name: {('clean', 0): clean} | dict.fromkeys(PASSES, corrupted) for name, (clean, corrupted) in errors.items()
+    }
+    write_results(folder, passes, images=10, classes=2, **protocol)
+    write_pictures(folder, [f'{place}.png' for place in range(10)], [0, 1] * 5, ['n01440764', 'n02102040'])
+    for corruption in ('clean-0', 'fog-3'):
+        content = io.BytesIO()
+        Image.fromarray(np.full((8, 8, 3), 99, np.uint8)).save(content, 'png')
+        write_whole(folder / 'examples' / f'{corruption}-4.png', content.getvalue())
+    write_summary(folder, baseline)
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """Texts of table rows and of figures, sources of images."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.rows, self.sources, self.texts = [], [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        if tag == 'tr':
+            self.rows.append([])
+        if tag in ('td', 'th'):
+            self.rows[-1].append('')
+        if tag == 'img':
+            self.sources.append(dict(attributes)['src'])
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += f' {data}'
+
+    def row(self, start):
+        return [' '.join(row).strip() for row in self.rows if row and row[0].strip() == start]
+
+
+def test_the_page_holds_the_figures_and_needs_no_other_file(tmp_path):
+    path = write_report([write_finished(tmp_path / 'results')], tmp_path / 'page')
+    page = Page(path)
+    assert {p.name for p in (tmp_path / 'page').iterdir()} == {'report.html', *PICTURES}
+    assert all(source.startswith('data:image/png;base64,') for source in page.sources) and len(page.sources) == 5
+    figures = {base64.b64decode(source.partition(',')[2]) for source in page.sources}
+    assert {(tmp_path / 'page' / name).read_bytes() for name in PICTURES - {'examples.png'}} <= figures
+    assert 'http' not in re.sub(r'base64,[^"]*', '', path.read_text())
+    (plain,), (pp,) = page.row('plain <1>'), page.row('pp')
+    # E 20, plain mCE 50; E 30, mCE 40, so R_net 100 * ((50 - 40) + (20 - 30)) / (2 * 20) = 0
+    assert re.findall(r'(?<!to )\b\d+\.\d\b(?! to)', plain)[:2] == ['20.0', '50.0']
+    assert re.findall(r'(?<!to )\b\d+\.\d\b(?! to)', pp)[:2] == ['30.0', '40.0']
+    assert any('50.0' in row and '40.0' in row for row in page.row('fog'))
+    assert any('Baseline: plain <1>' in text for text in page.texts)
+
+
+def test_the_answers_to_the_pictures_are_told(tmp_path):
+    folder = write_finished(tmp_path / 'results')
+    answers = read_answers(folder)['pp']['fog', 3]
+    answers['answer'][4] = 1
+    write_answers(answers_path(folder, 'pp', 'fog', 3), answers)
+    texts = Page(write_report([folder], tmp_path / 'page')).texts
+    # Picture 4 is of class 0, a tench.
+    assert texts.count('✓\u00a0tench') == 3 and texts.count('✗\u00a0English springer') == 1
+
+
+def test_models_of_one_protocol_share_a_table_and_others_do_not(tmp_path):
+    one = write_finished(tmp_path / 'one')
+    same = write_finished(tmp_path / 'same', {'third': (1, 2)}, baseline=None)
+    path = write_report([one, same], tmp_path / 'together')
+    assert Page(path).row('CE, %') == ['CE, %  plain <1>  pp  third']
+    other = write_finished(tmp_path / 'other', {'third': (1, 2)}, baseline=None, seed=1)
+    page = Page(write_report([one, other], tmp_path / 'apart'))
+    assert page.row('CE, %') == ['CE, %  plain <1>  pp', 'CE, %  third']
+    assert {f'{part}-{name}' for part in (1, 2) for name in PICTURES} <= {p.name for p in path.parent.parent.rglob('*')}
+
+
+def test_unfinished_results_have_a_page_too(tmp_path):
+    write_results(tmp_path / 'some', {'a': {('clean', 0): 2, ('fog', 1): 5}, 'b': {}}, images=10, classes=2)
+    write_pictures(tmp_path / 'some', ['0.png'] * 10, [0] * 10, ['', ''])
+    page = Page(write_report([tmp_path / 'some'], tmp_path / 'page'))
+    assert any('left out where not all 15 were measured' in text for text in page.texts)
+    assert page.row('fog') and not page.row('frost')
+
+
+def test_command(tmp_path, capsys):
+    folder = write_finished(tmp_path / 'results')
+    assert main(['report', str(folder), '--baseline', 'pp']) == 0
+    assert capsys.readouterr().out.strip() == str(folder / 'report' / 'report.html')
+    assert 'Baseline: pp' in (folder / 'report' / 'report.html').read_text()
+    assert read_protocol(folder)['models'].keys() == {'plain <1>', 'pp'}
+    for arguments, message in [
+        (['report', str(tmp_path)], 'holds no results'),
+        (['report', str(folder), '--baseline', 'x'], "got 'x'"),
+    ]:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count('\n') == 1

@@ -1,0 +1,427 @@
+"""A page, and its pictures, from results folders of :mod:`timm_pushpull.robustness`."""
+
+import base64
+import html
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from timm.data import ImageNetInfo
+
+from .drawing import COLORS, new_figure, to_png
+from .files import write_whole
+from .measures import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
+from .results import CLEAN, UNREAD, read_answers, read_baseline, read_csv, read_protocol, summarize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ['write_report']
+
+KINDS = {
+    'noise': TEST_CORRUPTIONS[:3],
+    'blur': TEST_CORRUPTIONS[3:7],
+    'weather': TEST_CORRUPTIONS[7:11],
+    'digital': TEST_CORRUPTIONS[11:],
+    'held out': HELD_OUT_CORRUPTIONS,
+}
+MARKERS = 'osD^vPX'
+MEANS = {
+    'E': 'top-1 error on clean pictures, %',
+    'plain_mCE': 'plain mean of the top-1 errors over 15 corruptions, %: the mCE of the push-pull paper',
+    'alexnet_normalized_mCE': "mean of each corruption's error over AlexNet's, %: the mCE of most other papers",
+    'relative_mCE': "mean of what each corruption adds to the error over what it adds to the baseline's, %",
+    'R_net': 'net reduction in error against the baseline, %: won on corrupted pictures, less what clean ones cost',
+}
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 46rem; margin: 0 auto;
+       padding: 0 1rem 3rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 1.5rem 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+p, figcaption, dd { max-width: 42rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem .3rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #ddd; }
+th { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
+td small { display: block; color: #555; white-space: nowrap; }
+figure { margin: 1.5rem 0; }
+figure img { width: 100%; max-width: 36rem; height: auto; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .8rem; margin: 1rem 0; }
+.strip div { font-size: .85rem; line-height: 1.3; }
+.strip img { width: 100%; height: auto; display: block; image-rendering: pixelated; margin-bottom: .2rem; }
+.right { color: #00664a; } .wrong { color: #a33c00; }
+dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
+.protocol { font-size: .85rem; } .protocol td { text-align: left; overflow-wrap: anywhere; }
+@media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding-right: .45rem; } }
+@media print { body { max-width: none; font-size: 10pt; } figure, .strip div { break-inside: avoid; }
+               figure img { max-width: 11cm; } h2 { break-after: avoid; }
+               .strip { grid-template-columns: repeat(6, 1fr); } }
+"""
+
+
+def write_report(
+    folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], baseline: str | None = None
+) -> Path:
+    """Write a page on the models of results folders, and the PNG files that it holds.
+
+    Models whose protocols differ in more than the model never share a table or a picture: each protocol has its own
+    part of the page.
+
+    Args:
+        folders: Results folders.
+        output: Folder of the page, made if it does not exist.
+        baseline: Model that relative mCE and R_net are measured against; by default that of the summaries.
+
+    Returns:
+        The page, ``report.html``; it needs no other file.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If a folder holds no results, or if no folder has the baseline.
+    """
+    output = Path(output)
+    parts = _by_protocol(folders)
+    names = [name for part in parts for name in part.answers]
+    if baseline is not None and baseline not in names:
+        raise ValueError(f'baseline must be one of the models {", ".join(names)}, got {baseline!r}.')
+    sections = []
+    for number, part in enumerate(parts, 1):
+        sections.append(_section(part, output, f'{number}-' if len(parts) > 1 else '', baseline))
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Robustness to corruptions</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f'<body>\n<h1>Robustness to corruptions</h1>\n{"<hr>".join(sections)}</body></html>\n'
+    )
+    write_whole(output / 'report.html', page.encode())
+    return output / 'report.html'
+
+
+class _Part:
+    """Results of one protocol, from one folder or several."""
+
+    def __init__(self, folder: Path, protocol: dict[str, Any]) -> None:
+        self.folder, self.protocol = folder, {**protocol, 'models': {}}
+        self.answers: dict[str, dict[tuple[str, int], np.ndarray]] = {}
+        self.baseline: str | None = None
+
+    def add(self, folder: Path, protocol: Mapping[str, Any]) -> None:
+        for name, passes in read_answers(folder).items():
+            if passes:
+                details = protocol['models'][name]
+                label = name if self.protocol['models'].get(name, details) == details else f'{name} ({folder.name})'
+                self.protocol['models'][label] = details
+                self.answers[label] = {**self.answers.get(label, {}), **passes}
+        self.baseline = self.baseline or read_baseline(folder)
+
+
+def _by_protocol(folders: Sequence[str | os.PathLike[str]]) -> list[_Part]:
+    parts: dict[str, _Part] = {}
+    for folder in map(Path, folders):
+        protocol = read_protocol(folder)
+        key = json.dumps({**protocol, 'models': None}, sort_keys=True)
+        parts.setdefault(key, _Part(folder, protocol)).add(folder, protocol)
+    return list(parts.values())
+
+
+def _section(part: _Part, output: Path, prefix: str, baseline: str | None) -> str:
+    baseline = baseline or part.baseline or ''
+    rows = summarize(part.protocol, part.answers, baseline if baseline in part.answers else None)
+    pictures = {
+        'error_by_corruption': _error_by_corruption(rows),
+        'error_by_severity': _error_by_severity(part.answers),
+        'mce_against_clean_error': _mce_against_clean_error(rows),
+        'examples': _examples(part),
+    }
+    captions = {
+        'error_by_corruption': 'Top-1 error by corruption, mean over the severities, with 95% intervals.',
+        'error_by_severity': 'Top-1 error by severity, mean over the corruptions of a kind; 0 is clean.',
+        'mce_against_clean_error': 'Plain mCE against the clean error, with 95% intervals; lower and further left is '
+        'better. '
+        + (
+            f'On the line, what is won on corrupted pictures against {html.escape(baseline)} is lost on clean ones '
+            '(R_net = 0); below it the gain is larger.'
+            if any(row['R_net'] != '' for row in rows)
+            else 'With a baseline it would have the line on which gain and loss are equal.'
+        ),
+    }
+    figures = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            png = to_png(figure)
+            write_whole(output / f'{prefix}{name}.png', png)
+            if name in captions:
+                caption = captions[name]
+                figures.append(f'<figure>{_img(png, caption)}<figcaption>{caption}</figcaption></figure>')
+    return '\n'.join(
+        [
+            f'<p>{_in_words(part.protocol)}</p>',
+            '<h2>Measures</h2>',
+            _table(rows),
+            '<h2>Where the errors are</h2>',
+            *figures,
+            _corruption_table(rows),
+            '<h2>What the models saw and answered</h2>',
+            *_strips(part),
+            '<h2>How it was measured</h2>',
+            _protocol_table(part.protocol),
+        ]
+    )
+
+
+def _in_words(protocol: Mapping[str, Any]) -> str:
+    data, corruptions = protocol['data'], protocol['corruptions']
+    if 'generated_by' in corruptions:
+        source = f'generated by {corruptions["generated_by"]}, seed {corruptions["seed"]}, on the cropped picture'
+    else:
+        source = f'stored ({corruptions["stored_as"]})'
+    return html.escape(
+        f'{data["images"]:,} pictures of {data["classes"]:,} classes; corruptions {source}. '
+        'Intervals: the middle 95% of 1,000 resamples of the pictures.'
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    means = [mean for mean in MEANS if any(row[mean] != '' for row in rows)]
+    head = ''.join(f'<th>{mean.replace("_", " ")}</th>' for mean in means)
+    lines = [f'<tr><th>model</th>{head}</tr>']
+    for row in rows:
+        cells = ''.join(f'<td>{_with_interval(row, mean)}</td>' for mean in means)
+        lines.append(f'<tr><td>{html.escape(row["model"])}</td>{cells}</tr>')
+    words = ''.join(f'<dt>{mean.replace("_", " ")}</dt><dd>{html.escape(MEANS[mean])}</dd>' for mean in means)
+    severities = {row['severities'] for row in rows if row['severities']}
+    notes = [f'Means over severities {", ".join(sorted(severities))}.'] if severities else []
+    if not all(row['severities'] for row in rows):
+        notes.append('Means over corruptions are left out where not all 15 were measured.')
+    if baseline := next((row['baseline'] for row in rows if row['baseline']), ''):
+        notes.append(f'Baseline: {html.escape(baseline)}.')
+    if unreadable := sum(row['unreadable'] for row in rows):
+        notes.append(f'{unreadable} answers to pictures that could not be read are left out.')
+    return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{" ".join(notes)}</p><dl>{words}</dl>'
+
+
+def _with_interval(row: Mapping[str, Any], measure: str) -> str:
+    if row.get(measure, '') == '':
+        return '–'
+    value, low, high = (row[f'{measure}{end}'] for end in ('', '_low', '_high'))
+    interval = '' if '' in (low, high) else f'{low:.1f} to {high:.1f}'
+    return f'{value:.1f}<small>{interval}</small>'
+
+
+def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = [name for kind in KINDS.values() for name in kind]
+    return [name for name in names if any(row.get(f'CE_{name}', '') != '' for row in rows)]
+
+
+def _words(corruption: str) -> str:
+    return {'jpeg_compression': 'JPEG', 'elastic_transform': 'elastic'}.get(corruption, corruption.replace('_', ' '))
+
+
+def _corruption_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = ''.join(f'<th>{html.escape(row["model"])}</th>' for row in rows)
+    lines = [f'<tr><th>CE, %</th>{head}</tr>']
+    for name in _measured(rows):
+        cells = ''.join(f'<td>{_with_interval(row, f"CE_{name}")}</td>' for row in rows)
+        lines.append(f'<tr><td>{_words(name)}</td>{cells}</tr>')
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _img(png: bytes, words: str) -> str:
+    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _look(place: int) -> dict[str, Any]:
+    return dict(color=COLORS[place % len(COLORS)], marker=MARKERS[place % len(MARKERS)], markersize=5)
+
+
+def _legend(figure: 'Figure', axes: 'Axes') -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside upper left', ncols=min(2, len(labels)), fontsize=9, frameon=False)
+
+
+def _error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | None':
+    names = _measured(rows)
+    if not names:
+        return None
+    figure = new_figure(1.2 + 0.3 * len(names) + 0.2 * len(rows) / 2)
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        shift = 0.5 * (place - (len(rows) - 1) / 2) / max(len(rows), 2)
+        here = [(height + shift, name) for height, name in enumerate(names) if row.get(f'CE_{name}', '') != '']
+        errors = np.array([[row[f'CE_{name}{end}'] for end in ('', '_low', '_high')] for _, name in here], float)
+        heights = [height for height, _ in here]
+        spread = np.abs(errors[:, 1:].T - errors[:, 0])
+        axes.errorbar(errors[:, 0], heights, xerr=spread, linestyle='', lw=1, label=row['model'], **_look(place))
+    for kind in KINDS.values():
+        if kind[0] in names and names.index(kind[0]):
+            axes.axhline(names.index(kind[0]) - 0.5, color='#999', lw=0.8)
+    axes.set_yticks(range(len(names)), [_words(name) for name in names], fontsize=9)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel('top-1 error, %', fontsize=9)
+    axes.grid(axis='x', color='#ddd', lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+    _legend(figure, axes)
+    return figure
+
+
+def _error_by_severity(answers: Mapping[str, Mapping[tuple[str, int], np.ndarray]]) -> 'Figure | None':
+    measured = {corruption for passes in answers.values() for corruption, _ in passes}
+    kinds = {kind: [name for name in names if name in measured] for kind, names in KINDS.items()}
+    kinds = {kind: names for kind, names in kinds.items() if names}
+    if set(TEST_CORRUPTIONS) <= measured:
+        kinds = {'all 15': list(TEST_CORRUPTIONS), **kinds}
+    if not kinds:
+        return None
+    lines = (len(kinds) + 1) // 2
+    figure = new_figure(0.6 + 1.9 * lines)
+    panels = figure.subplots(lines, 2, sharex=True, sharey=True, squeeze=False)
+    for panel, (kind, names) in zip(panels.flat, kinds.items(), strict=False):
+        for place, (model, passes) in enumerate(answers.items()):
+            severities, errors = _mean_errors(passes, names)
+            panel.plot(severities, errors, lw=1.5, label=model, **_look(place))
+        panel.set_title(kind, fontsize=9)
+        panel.grid(color='#ddd', lw=0.6)
+        panel.tick_params(labelsize=9)
+        panel.set_xticks(range(6))
+    if len(kinds) % 2:
+        panels[-1, 1].remove()
+        if lines > 1:
+            panels[-2, 1].tick_params(labelbottom=True)
+    figure.supxlabel('severity', fontsize=9)
+    figure.supylabel('top-1 error, %', fontsize=9)
+    _legend(figure, panels[0, 0])
+    return figure
+
+
+def _mean_errors(passes: Mapping[tuple[str, int], np.ndarray], names: Iterable[str]) -> tuple[list[int], list[float]]:
+    """Mean error over the corruptions at each severity at which all of them were measured."""
+    points = {0: _error(passes[CLEAN, 0])} if (CLEAN, 0) in passes else {}
+    for severity in range(1, 6):
+        cells = [(name, severity) for name in names]
+        if all(cell in passes for cell in cells):
+            points[severity] = float(np.mean([_error(passes[cell]) for cell in cells]))
+    return list(points), list(points.values())
+
+
+def _error(answers: np.ndarray) -> float:
+    read = answers['place'][answers['place'] != UNREAD]
+    return 100 * float(np.mean(read != 0)) if len(read) else float('nan')
+
+
+def _mce_against_clean_error(rows: Sequence[Mapping[str, Any]]) -> 'Figure | None':
+    rows = [row for row in rows if row['E'] != '' and row['plain_mCE'] != '']
+    if not rows:
+        return None
+    figure = new_figure(4.2)
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        (x, *xs), (y, *ys) = ([row[f'{name}{end}'] for end in ('', '_low', '_high')] for name in ('E', 'plain_mCE'))
+        spread: dict[str, Any] = dict(xerr=[[x - xs[0]], [xs[1] - x]], yerr=[[y - ys[0]], [ys[1] - y]])
+        axes.errorbar(x, y, **spread, linestyle='', lw=1, label=row['model'], **_look(place))
+    of_baseline = next((row for row in rows if row['model'] == row['baseline']), None)
+    if of_baseline is not None:
+        # R_net = 0: what mCE wins, E loses.
+        point = (of_baseline['E'], of_baseline['plain_mCE'])
+        limits = axes.get_xlim(), axes.get_ylim()
+        axes.axline(point, slope=-1, color='#777', lw=1, ls='--', label='R_net = 0')
+        axes.set(xlim=limits[0], ylim=limits[1])
+    axes.set_xlabel('E: top-1 error on clean pictures, %', fontsize=9)
+    axes.set_ylabel('plain mCE, %', fontsize=9)
+    axes.grid(color='#ddd', lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+    _legend(figure, axes)
+    return figure
+
+
+def _example_files(part: _Part) -> dict[int, list[tuple[str, int, Path]]]:
+    """Corruption, severity and file of the pictures that were kept, by the place of the picture."""
+    names = [CLEAN, *(name for kind in KINDS.values() for name in kind)]
+    found: dict[int, list[tuple[str, int, Path]]] = {}
+    for path in part.folder.glob('examples/*.png'):
+        corruption, severity, place = path.stem.rsplit('-', 2)
+        found.setdefault(int(place), []).append((corruption, int(severity), path))
+    return {place: sorted(found[place], key=lambda example: names.index(example[0])) for place in sorted(found)}
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = [row['name'] for row in read_csv(folder / 'classes.csv')]
+    imagenet = ImageNetInfo()
+    if not set(names) <= set(imagenet.label_names()):
+        return names
+    return [imagenet.label_name_to_description(name).split(',')[0] for name in names]
+
+
+def _strips(part: _Part) -> list[str]:
+    classes, pictures = _class_names(part.folder), read_csv(part.folder / 'pictures.csv')
+    strips = []
+    for place, examples in _example_files(part).items():
+        target = int(pictures[place]['class'])
+        tiles = []
+        for corruption, severity, path in examples:
+            lines = [f'<b>{_words(corruption)}{f" {severity}" if severity else ""}</b>']
+            for model, answer in _answers_to(part, corruption, severity, place):
+                right = answer == target
+                words = f'{"✓" if right else "✗"}\u00a0{classes[answer] or answer}'
+                models = f'{html.escape(model)}: ' if len(part.answers) > 1 else ''
+                lines.append(f'{models}<span class="{"right" if right else "wrong"}">{html.escape(words)}</span>')
+            tiles.append(f'<div>{_img(path.read_bytes(), corruption)}{"<br>".join(lines)}</div>')
+        title = f'{classes[target] or f"class {target}"}: {pictures[place]["picture"]}'
+        strips.append(f'<p>{html.escape(title)}</p><div class="strip">{"".join(tiles)}</div>')
+    return strips
+
+
+def _answers_to(part: _Part, corruption: str, severity: int, place: int) -> list[tuple[str, int]]:
+    return [
+        (model, int(passes[corruption, severity]['answer'][place]))
+        for model, passes in part.answers.items()
+        if (corruption, severity) in passes and passes[corruption, severity]['place'][place] != UNREAD
+    ]
+
+
+def _examples(part: _Part) -> 'Figure | None':
+    """The first of the pictures that were kept, with each model's answer."""
+    files = _example_files(part)
+    if not files:
+        return None
+    place, examples = next(iter(files.items()))
+    classes = _class_names(part.folder)
+    target = int(read_csv(part.folder / 'pictures.csv')[place]['class'])
+    lines = (len(examples) + 3) // 4
+    figure = new_figure((1.35 + 0.14 * len(part.answers)) * lines + 0.3)
+    panels = figure.subplots(lines, 4, squeeze=False)
+    for panel in panels.flat:
+        panel.axis('off')
+    for panel, (corruption, severity, path) in zip(panels.flat, examples, strict=False):
+        panel.imshow(np.asarray(Image.open(path)))
+        panel.set_title(f'{_words(corruption)}{f" {severity}" if severity else ""}', fontsize=8, pad=2)
+        for line, (model, answer) in enumerate(_answers_to(part, corruption, severity, place)):
+            words = f'{"✓" if answer == target else "✗"} {classes[answer] or answer}'
+            color = COLORS[list(part.answers).index(model) % len(COLORS)]
+            spot = dict(xy=(0, 0), xycoords='axes fraction', xytext=(0, -9 - 9 * line), textcoords='offset points')
+            panel.annotate(words[:20], fontsize=7, color=color, annotation_clip=False, **spot)
+    for index, model in enumerate(part.answers):
+        panels[0, 0].plot([], [], color=COLORS[index % len(COLORS)], lw=4, label=model)
+    _legend(figure, panels[0, 0])
+    return figure
+
+
+def _protocol_table(protocol: Mapping[str, Any]) -> str:
+    def flat(value: Any, field: str = '') -> Iterable[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from flat(inner, f'{field} {key}' if field else key)
+        else:
+            yield field, value
+
+    lines = ''.join(
+        f'<tr><td>{html.escape(field)}</td><td>{html.escape(str(value))}</td></tr>' for field, value in flat(protocol)
+    )
+    return f'<div class="protocol"><table>{lines}</table></div>'
