@@ -8,17 +8,21 @@ import timm
 import torch
 from test_checkpoints import STEMS, published
 
+from timm_pushpull import demo
 from timm_pushpull.cli import main
-from timm_pushpull.demo import NOISE_STDS, run_demo
+from timm_pushpull.demo import run_demo
 
 
-def test_demo_trains_both_networks():
-    pytest.importorskip('sklearn')
-    results = run_demo(epochs=2)
-    assert [result.network for result in results] == ['plain resnet18', 'pp_resnet18']
-    for result in results:
-        assert tuple(result.accuracy) == NOISE_STDS
-        assert result.accuracy[0.0] > 50  # ten classes: chance is 10
+def test_demo_ends_with_a_report_and_does_nothing_twice(tmp_path, monkeypatch):
+    for extra in ('sklearn', 'imagecorruptions', 'matplotlib'):
+        pytest.importorskip(extra)
+    result = run_demo(tmp_path, epochs=2, test_digits=20)
+    assert [row['model'] for row in result.rows] == ['plain resnet18', 'pp_resnet18']
+    for row in result.rows:
+        assert row['E'] < 60 and row['plain_mCE'] != '' and row['baseline'] == 'plain resnet18'  # chance is 90
+    assert result.report.is_file()
+    monkeypatch.setattr(demo, '_train', None)
+    assert run_demo(tmp_path, test_digits=20) == result
 
 
 def test_demo_without_its_extra(monkeypatch, capsys):

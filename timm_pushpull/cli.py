@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog='timm-pushpull', description='Push-pull networks for timm.')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
-    demo = commands.add_parser('demo', help='train a push-pull network and its plain baseline on handwritten digits')
+    demo = commands.add_parser('demo', help='train a push-pull network and its baseline on digits, and compare them')
+    demo.add_argument('--output', default='pushpull-demo', metavar='FOLDER', help='what is there is not done again')
     demo.set_defaults(run=_demo)
 
     convert = commands.add_parser('convert', help='turn a checkpoint of the published code into a model folder of timm')
@@ -83,6 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures.add_argument('--num-classes', type=int, metavar='N')
     figures.set_defaults(run=_figures)
 
+    bench = commands.add_parser('bench', help='speed, as ratios measured in one run')
+    bench.add_argument('what', choices=['robustness'], help='the evaluation beside validate.py')
+    bench.add_argument('--model', default='resnet18', metavar='MODEL')
+    bench.add_argument('--images', type=int, default=256, metavar='N')
+    bench.add_argument('--rounds', type=int, default=5, metavar='N')
+    bench.add_argument('--batch-size', type=int, default=64, metavar='N')
+    bench.add_argument('--workers', type=int, default=2, metavar='N')
+    bench.add_argument('--device', default='cpu')
+    bench.set_defaults(run=_bench)
+
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -97,14 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(args: argparse.Namespace) -> None:
     from .demo import run_demo
 
-    results = run_demo()
-    noise_stds = list(results[0].accuracy)
-    columns = ['clean' if std == 0 else f'noise {std}' for std in noise_stds]
-    print(f'\n{"top-1 accuracy, %":<20}' + ''.join(f'{column:>12}' for column in columns))
-    for result in results:
-        print(f'{result.network:<20}' + ''.join(f'{result.accuracy[std]:>12.1f}' for std in noise_stds))
-    print("\nscikit-learn's digits at 32x32: 1,437 to train, 360 to test; one seed; noise: Gaussian, its standard")
-    print('deviation on pixel values in [0, 1]. One seed on small digits shows that all works, not which is better.')
+    result = run_demo(args.output)
+    _print_summary(result.rows)
+    print("scikit-learn's digits at 32x32, 1,437 to train and 120 to test; 15 corruptions at 5 severities, generated;")
+    print('one seed on small digits shows that all works, not which network is better.')
+    print(f'Tables and pictures: {result.report.resolve().as_uri()}')
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -164,7 +172,9 @@ def _robustness(args: argparse.Namespace) -> None:
     if args.distributed:
         dist.destroy_process_group()
     if rows:
-        _print_summary(rows, args.output)
+        _print_summary(rows)
+        print(f'95% intervals, CE by corruption: {args.output}/summary.csv. How it was measured: protocol.json there.')
+        print(f'As a page: timm-pushpull report {args.output}')
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -178,6 +188,15 @@ def _figures(args: argparse.Namespace) -> None:
 
     for path in draw_figures(_create_model(args.model, args.checkpoint, args), args.output, args.seed):
         print(path)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .bench_robustness import bench_robustness
+
+    ratios = bench_robustness(args.model, args.images, args.rounds, args.batch_size, args.workers, args.device)
+    for ratio in ratios:
+        print(f'{ratio.name}: {ratio.median:.2f} (from {ratio.low:.2f} to {ratio.high:.2f}; medians')
+        print(f'    {ratio.seconds:.2f} s over {ratio.reference_seconds:.2f} s of {args.rounds} rounds)')
 
 
 def _create_models(args: argparse.Namespace) -> dict[str, Any]:
@@ -208,14 +227,13 @@ def _create_model(name: str, checkpoint: str | None, args: argparse.Namespace) -
     return model
 
 
-def _print_summary(rows: Sequence[dict[str, Any]], folder: str) -> None:
-    columns = ('E', 'plain_mCE', 'alexnet_normalized_mCE', 'relative_mCE', 'R_net')
-    print(f'\n{"%":<32}' + ''.join(f'{column:>24}' for column in columns))
+def _print_summary(rows: Sequence[dict[str, Any]]) -> None:
+    columns = ['E', 'plain_mCE', 'alexnet_normalized_mCE', 'relative_mCE', 'R_net']
+    columns = [column for column in columns if any(row[column] != '' for row in rows)]
+    width = max(len(row['model']) for row in rows)
+    print(f'\n{"%":<{width}}' + ''.join(f'  {column:>12}' for column in columns))
     for row in rows:
-        values = ''.join(f'{row[column]:>24}' for column in columns)
-        print(f'{row["model"]:<32}{values}')
-    unreadable = sum(row['unreadable'] for row in rows)
-    if unreadable:
-        print(f'Left out: {unreadable} answers to pictures that cannot be read.')
-    print(f'95% intervals, CE by corruption: {folder}/summary.csv. How it was measured: protocol.json there.')
-    print(f'Pictures and a page of it: timm-pushpull report {folder}')
+        values = (f'{row[column]:>{max(12, len(column))}}' for column in columns)
+        print(f'{row["model"]:<{width}}  {"  ".join(values)}')
+    if unreadable := sum(row['unreadable'] for row in rows):
+        print(f'Left out: {unreadable} answers to pictures that could not be read.')

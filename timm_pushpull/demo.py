@@ -1,96 +1,112 @@
-"""Trains a push-pull ResNet and its plain baseline on small handwritten digits, clean and noisy at the test."""
+"""Trains a push-pull ResNet and its plain baseline on small handwritten digits, and measures their robustness."""
 
 import importlib.util
-import tempfile
+import io
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from timm.data import create_dataset, create_loader
+from PIL import Image
+from safetensors.torch import load_file, save
+from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .files import write_whole
+from .report import write_report
+from .robustness import evaluate_robustness
 
 __all__ = ['DemoResult', 'run_demo']
 
 SEED = 0
 TEST_SHARE = 5  # every fifth digit
-NOISE_STDS = (0.0, 0.2, 0.4)
-MEAN_AND_STD = (0.5, 0.5, 0.5)  # of each channel: black is -1, white is 1
+NETWORKS = {'plain resnet18': False, 'pp_resnet18': True}  # push_pull
+BASELINE = 'plain resnet18'
+DIGITS = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, interpolation='bilinear')
 
 
 class DemoResult(NamedTuple):
-    """Top-1 accuracy, in percent, of one network."""
+    """Measures of the networks, and the page that shows them."""
 
-    network: str
-    accuracy: dict[float, float]
-    """By the standard deviation of the Gaussian noise, on pixel values in [0, 1]."""
+    rows: list[dict[str, Any]]
+    """Those of :func:`timm_pushpull.results.summarize`."""
+    report: Path
 
 
-def run_demo(epochs: int = 10) -> list[DemoResult]:
-    """Train ``pp_resnet18`` with and without push-pull on scikit-learn's digits, at equal recipe and seed.
+def run_demo(folder: str | os.PathLike[str], epochs: int = 8, test_digits: int = 120) -> DemoResult:
+    """Train ``pp_resnet18`` with and without push-pull on scikit-learn's digits, and test them under 15 corruptions.
+
+    Recipe, seed and pictures are the same for both networks. What is in the folder is not done again.
 
     Args:
+        folder: Where digits, weights, results and report go; made if it does not exist.
         epochs: Passes over the 1,437 training digits.
+        test_digits: How many of the 360 digits left are tested, as many of each class as can be.
 
     Returns:
-        The baseline's result and that of the push-pull network, on the 360 digits left for the test.
+        The measures of both networks, and the report.
 
     Raises:
-        ModuleNotFoundError: If scikit-learn or tqdm is not installed.
+        ModuleNotFoundError: If scikit-learn, imagecorruptions-imaug or matplotlib is not installed.
     """
-    for extra in ('sklearn', 'tqdm'):
+    for extra in ('sklearn', 'imagecorruptions', 'matplotlib'):
         if importlib.util.find_spec(extra) is None:
             raise ModuleNotFoundError(f"The demo needs {extra}: pip install 'timm-pushpull[demo]'", name=extra)
-    with tempfile.TemporaryDirectory() as folder:
-        _write_digits(Path(folder))
-        return [
-            _train_and_test(folder, network, push_pull, epochs)
-            for network, push_pull in (('plain resnet18', False), ('pp_resnet18', True))
-        ]
+    folder = Path(folder)
+    _write_digits(folder / 'digits')
+    models = {}
+    for name, push_pull in NETWORKS.items():
+        torch.manual_seed(SEED)
+        models[name] = create_model('pp_resnet18', num_classes=10, push_pull=push_pull, pretrained_cfg_overlay=DIGITS)
+        weights = folder / f'{name.replace(" ", "_")}.safetensors'
+        if weights.exists():
+            models[name].load_state_dict(load_file(weights))
+        else:
+            _train(models[name], name, folder / 'digits', epochs)
+            write_whole(weights, save(models[name].state_dict()))
+    rows = evaluate_robustness(
+        models,
+        folder / 'results',
+        create_dataset('', root=str(folder / 'digits'), split='test'),
+        limit=test_digits,
+        baseline=BASELINE,
+        workers=2,
+        progress=True,
+    )
+    return DemoResult(rows, write_report([folder / 'results'], folder / 'report'))
 
 
 def _write_digits(folder: Path) -> None:
     """Write the digits as pictures by split and class, the layout that timm's datasets read."""
-    from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     for index, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-        split = 'train' if index % TEST_SHARE else 'test'
-        path = folder / split / str(digit) / f'{index}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * (255 / 16)).astype('uint8')).resize((32, 32), Image.Resampling.BILINEAR).save(path)
+        path = folder / ('train' if index % TEST_SHARE else 'test') / str(digit) / f'{index}.png'
+        if not path.exists():
+            content = io.BytesIO()
+            picture = Image.fromarray((pixels * (255 / 16)).astype('uint8'))
+            picture.resize((32, 32), Image.Resampling.BILINEAR).save(content, 'png')
+            write_whole(path, content.getvalue())
 
 
-def _loader(folder: str, split: str) -> DataLoader:
-    dataset = create_dataset('', root=folder, split=split, is_training=split == 'train')
-    return create_loader(
-        dataset,
-        input_size=(3, 32, 32),
+def _train(model: nn.Module, name: str, digits: Path, epochs: int) -> None:
+    loader = create_loader(
+        create_dataset('', root=str(digits), split='train', is_training=True),
+        **resolve_model_data_config(model),
         batch_size=64,
-        is_training=split == 'train',
+        is_training=True,
         scale=(0.7, 1.0),
         hflip=0.0,
         color_jitter=0.2,
-        interpolation='bilinear',
-        mean=MEAN_AND_STD,
-        std=MEAN_AND_STD,
-        crop_pct=1.0,
         num_workers=0,
         use_prefetcher=False,
         persistent_workers=False,
     )
-
-
-def _train_and_test(folder: str, network: str, push_pull: bool, epochs: int) -> DemoResult:
-    from tqdm import tqdm
-
-    torch.manual_seed(SEED)
-    model = create_model('pp_resnet18', num_classes=10, push_pull=push_pull)
-    train_loader = _loader(folder, 'train')
     optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, momentum=0.9, weight_decay=1e-4)
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -99,12 +115,12 @@ def _train_and_test(folder: str, network: str, push_pull: bool, epochs: int) -> 
         warmup_epochs=1,
         warmup_lr=1e-3,
         step_on_epochs=False,
-        updates_per_epoch=len(train_loader),
+        updates_per_epoch=len(loader),
     )
-    with tqdm(total=epochs * len(train_loader), desc=f'training {network}', unit='batch') as progress:
+    with tqdm(total=epochs * len(loader), desc=f'training {name}', unit='batch') as progress:
         model.train()
         for _ in range(epochs):
-            for images, targets in train_loader:
+            for images, targets in loader:
                 scheduler.step_update(progress.n)
                 loss = nn.functional.cross_entropy(model(images), targets)
                 optimizer.zero_grad()
@@ -112,18 +128,3 @@ def _train_and_test(folder: str, network: str, push_pull: bool, epochs: int) -> 
                 optimizer.step()
                 progress.update()
                 progress.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
-    return DemoResult(network, {std: _accuracy(model, _loader(folder, 'test'), std) for std in NOISE_STDS})
-
-
-@torch.inference_mode()
-def _accuracy(model: nn.Module, loader: DataLoader, noise_std: float) -> float:
-    """Percentage of right answers; the noise is the same for each network."""
-    model.eval()
-    generator = torch.Generator().manual_seed(SEED)
-    right = total = 0
-    for images, targets in loader:
-        noise = torch.randn(images.shape, generator=generator) * noise_std / MEAN_AND_STD[0]
-        noisy = (images + noise).clamp(-1, 1)
-        right += int((model(noisy).argmax(1) == targets).sum())
-        total += len(targets)
-    return 100 * right / total
