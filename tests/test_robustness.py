@@ -18,7 +18,7 @@ from timm_pushpull import robustness
 from timm_pushpull.cli import main
 from timm_pushpull.corruptions import corrupt
 from timm_pushpull.pictures import open_stored
-from timm_pushpull.results import UNREAD, read_answers
+from timm_pushpull.results import UNREAD, read_answers, read_protocol
 from timm_pushpull.robustness import evaluate_robustness, stratified_indices
 
 pytest.importorskip('imagecorruptions')
@@ -186,6 +186,50 @@ def test_command(data, tmp_path, capsys):
     assert main([*arguments, '--seed', '1']) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith('timm-pushpull: ') and 'corruptions.seed is 0 there and 1 here' in error
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (['--checkpoint', 'missing.pth'], '--checkpoint must be a file, missing.pth is none'),
+        (['--checkpoint', 'net.pth', 'net.pth'], '--checkpoint must name one file for each of the models, got 2'),
+        (['--num-classes', '4'], 'test_resnet: Error(s) in loading state_dict for ResNet: size mismatch for fc.weight'),
+        (['--model-kwargs', 'alpha=2'], "test_resnet: ResNet.__init__() got an unexpected keyword argument 'alpha'"),
+        (['--data-dir', 'missing'], '--data-dir must be a folder of pictures, missing is none'),
+        (['--class-map', 'missing'], 'class_map must be a file of class names or one of imagenet_100, imagenet_200'),
+        (['--class-map', 'imagenet_100'], 'Found 0 images'),
+        (['--stored', 'missing'], 'stored must be a folder of corruptions, missing is none'),
+        (['--stored', '.'], 'lacks fog/2'),
+        (['--corruptions', 'fig'], "got 'fig'; the nearest is 'fog'"),
+        (['--severities', '6'], 'severity must be an integer from 1 to 5, got 6'),
+        (['--limit', '0'], 'limit must be at least 1, got 0'),
+        (['--batch-size', '0'], 'batch_size must be at least 1, got 0'),
+        (['--device', 'nonsense'], '--device nonsense: '),
+        (['--baseline', 'other'], "baseline must be one of the models test_resnet, got 'other'"),
+        (['--output', 'net.pth/out'], "Not a directory: 'net.pth/out"),
+    ],
+)
+def test_command_refuses_in_one_line(options, message, data, tmp_path, capsys, monkeypatch):
+    arguments = command(data, tmp_path, '--workers', '0', '--corruptions', 'fog', '--severities', '2')
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('timm-pushpull: ') and message in error and error.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def test_command_tells_two_checkpoints_of_one_network_apart(data, tmp_path, capsys):
+    arguments = command(data, tmp_path, '--corruptions', 'fog', '--severities', '2', '--workers', '0', '--amp')
+    checkpoint = arguments[arguments.index('--checkpoint') + 1]
+    arguments += ['--amp-dtype', 'bfloat16', '--checkpoint', checkpoint, checkpoint]
+    arguments[1:2] = ['first=test_resnet', 'test_resnet']
+    assert main(arguments) == 0
+    answers = read_answers(tmp_path / 'out')
+    assert list(answers) == ['first', 'test_resnet']
+    assert read_protocol(tmp_path / 'out')['models']['first']['precision'] == 'bfloat16'
+    arguments[1] = 'test_resnet'
+    assert main(arguments) == 2
+    assert 'model test_resnet is given twice' in capsys.readouterr().err
 
 
 def write_stored(source, folder, kinds=('', '')):

@@ -1,9 +1,11 @@
 """The command ``timm-pushpull``: parses, calls, prints."""
 
 import argparse
+import contextlib
+import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 __all__ = ['main']
@@ -55,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.add_argument('--input-size', nargs=3, type=int, metavar='N', help='e.g. 3 224 224')
     model.add_argument('--use-train-size', action='store_true', help='not the test size; always so with --stored')
     model.add_argument('--crop-pct', type=float, metavar='N')
-    model.add_argument('--interpolation', metavar='NAME')
-    model.add_argument('--mean', nargs='+', type=float, metavar='N')
-    model.add_argument('--std', nargs='+', type=float, metavar='N')
+    model.add_argument('--interpolation', choices=['bilinear', 'bicubic', 'lanczos', 'nearest'])
+    model.add_argument('--mean', nargs=3, type=float, metavar='N')
+    model.add_argument('--std', nargs=3, type=float, metavar='N')
     run = robustness.add_argument_group('run')
     run.add_argument('--output', required=True, metavar='FOLDER', help='results folder; a run there goes on')
     run.add_argument('--baseline', metavar='MODEL', help='model that relative mCE and R_net compare with')
@@ -143,11 +145,15 @@ def _robustness(args: argparse.Namespace) -> None:
     if args.data_dir or args.dataset:
         class_map = find_class_map(args.class_map, args.data_dir or '')
         options: dict[str, Any] = dict(root=args.data_dir, split=args.split, class_map=class_map)
-        dataset = create_dataset(args.dataset or '', **options)
+        if not args.dataset and not os.path.exists(args.data_dir):
+            raise ValueError(f'--data-dir must be a folder of pictures, {args.data_dir} is none.')
+        with _refused_by_timm(f'{args.dataset or "pictures"} in {args.data_dir}'):
+            dataset = create_dataset(args.dataset or '', **options)
     if args.stored:
         stored = open_stored(args.stored, corruptions, args.severities, find_class_map(args.class_map, args.stored))
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    device = init_distributed_device(args)
+    with _refused_by_timm(f'--device {args.device}'):
+        device = init_distributed_device(args)
     rows = evaluate_robustness(
         models,
         args.output,
@@ -218,13 +224,22 @@ def _create_model(name: str, checkpoint: str | None, args: argparse.Namespace) -
     """As ``validate.py`` does, with errors that name the model."""
     from timm.models import create_model, load_checkpoint
 
-    try:
+    if checkpoint is not None and not os.path.isfile(checkpoint):
+        raise ValueError(f'--checkpoint must be a file, {checkpoint} is none.')
+    with _refused_by_timm(name):  # an unknown name, weights or settings that do not fit
         model = create_model(name, pretrained=checkpoint is None, num_classes=args.num_classes, **args.model_kwargs)
         if checkpoint is not None:
             load_checkpoint(model, checkpoint, args.use_ema)
-    except (RuntimeError, TypeError) as error:  # an unknown name, weights or settings that do not fit
-        raise ValueError(f'{name}: {textwrap.shorten(str(error), 300)}') from None
     return model
+
+
+@contextlib.contextmanager
+def _refused_by_timm(what: str) -> Iterator[None]:
+    """Turn the errors by which timm refuses an argument into one that names it."""
+    try:
+        yield
+    except (AssertionError, ImportError, RuntimeError, TypeError) as error:
+        raise ValueError(f'{what}: {textwrap.shorten(str(error), 300)}') from None
 
 
 def _print_summary(rows: Sequence[dict[str, Any]]) -> None:

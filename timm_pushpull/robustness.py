@@ -94,6 +94,8 @@ def evaluate_robustness(
             protocol, or if a corruption, a severity or the baseline does not exist.
     """
     folder = Path(folder)
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
     for corruption in corruptions:
         for severity in severities:
             check_corruption(corruption, severity)
