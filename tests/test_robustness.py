@@ -271,6 +271,29 @@ def test_stored_pictures_must_be_those_of_the_dataset(data, tmp_path):
         )
 
 
+def test_stored_arrays(tmp_path):
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(256, size=(6, 32, 32, 3), dtype=np.uint8)
+    shades = [pictures // (severity + 1) for severity in range(5)]
+    np.save(tmp_path / 'labels.npy', np.tile(np.array([0, 1, 2, 2, 1, 0], np.uint8), 5))
+    np.save(tmp_path / 'brightness.npy', np.concatenate(shades))
+    model = network()
+    passes = dict(corruptions=['brightness'], severities=[1, 4])
+    evaluate_robustness({'a': model}, tmp_path / 'out', stored=open_stored(tmp_path, **passes), **passes)
+    answers = read_answers(tmp_path / 'out')['a']
+    for severity in (1, 4):
+        images = torch.from_numpy(shades[severity - 1]).permute(0, 3, 1, 2) / 255
+        expected = model((images - 0.5) / 0.25).argmax(1)
+        assert answers['brightness', severity]['answer'].tolist() == expected.tolist()
+
+
+def test_without_the_extra_nothing_is_begun(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'imagecorruptions', None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'timm-pushpull\[corruptions\]'"):
+        evaluate_robustness({'a': network()}, tmp_path, dataset(data), **FEW)
+    assert not any(tmp_path.iterdir())
+
+
 def test_models_of_other_sizes_see_the_same_draw(data, tmp_path):
     large = dict(input_size=(3, 40, 40), crop_pct=1.0)
     models = {'a': network(), 'b': network(**large), 'c': network(1)}

@@ -7,11 +7,15 @@ from .autoload import autoload
 
 if TYPE_CHECKING:
     from .convert import convert_to_push_pull as convert_to_push_pull
+    from .figures import draw_figures as draw_figures
+    from .pictures import open_stored as open_stored
     from .published import convert_published_checkpoint as convert_published_checkpoint
     from .published import read_published_checkpoint as read_published_checkpoint
     from .pushpull_conv import PushPullConv2d as PushPullConv2d
     from .pushpull_conv import push_pull_conv2d as push_pull_conv2d
     from .pushpull_resnet import PushPullResNet as PushPullResNet
+    from .report import write_report as write_report
+    from .robustness import evaluate_robustness as evaluate_robustness
 
 __version__ = '0.1.0'
 
@@ -21,8 +25,12 @@ _MODULE_OF = {
     'PushPullResNet': 'pushpull_resnet',
     'convert_published_checkpoint': 'published',
     'convert_to_push_pull': 'convert',
+    'draw_figures': 'figures',
+    'evaluate_robustness': 'robustness',
+    'open_stored': 'pictures',
     'push_pull_conv2d': 'pushpull_conv',
     'read_published_checkpoint': 'published',
+    'write_report': 'report',
 }
 __all__ = sorted(_MODULE_OF)
 

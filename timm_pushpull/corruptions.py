@@ -16,7 +16,7 @@ from PIL import Image
 
 from .measures import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
 
-__all__ = ['SEVERITIES', 'check_corruption', 'corrupt']
+__all__ = ['SEVERITIES', 'check_corruption', 'corrupt', 'import_imagecorruptions']
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -61,7 +61,7 @@ def corrupt(image: Image.Image, corruption: str, severity: int, index: int, seed
     check_corruption(corruption, severity)
     if min(image.size) < 32:
         raise ValueError(f'image must be at least 32 pixels on each side, got {image.width}x{image.height}.')
-    transform = getattr(_imagecorruptions(), corruption)
+    transform = getattr(import_imagecorruptions(), corruption)
     entropy = [seed, zlib.crc32(corruption.encode()), severity, index]
     global_seed, own_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(2))
     own = {'seed': own_seed} if 'seed' in inspect.signature(transform).parameters else {}
@@ -70,7 +70,15 @@ def corrupt(image: Image.Image, corruption: str, severity: int, index: int, seed
     return Image.fromarray(np.uint8(pixels))
 
 
-def _imagecorruptions() -> ModuleType:
+def import_imagecorruptions() -> ModuleType:
+    """Import the package that makes the corruptions.
+
+    Returns:
+        The package.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; how to install it is said.
+    """
     try:
         import imagecorruptions
     except ModuleNotFoundError as error:

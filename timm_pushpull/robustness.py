@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .corruptions import SEVERITIES, check_corruption, corrupt
+from .corruptions import SEVERITIES, check_corruption, corrupt, import_imagecorruptions
 from .files import write_whole
 from .measures import TEST_CORRUPTIONS
 from .pictures import DatasetPictures, StoredArrays, StoredFolders, UnreadablePicture
@@ -89,6 +90,7 @@ def evaluate_robustness(
         The rows of ``summary.csv``.
 
     Raises:
+        ModuleNotFoundError: If corruptions are to be generated and imagecorruptions-imaug is not installed.
         ValueError: If there is neither a dataset nor stored pictures or these are not of the same pictures, if the
             models' classes are not the data's, if a picture cannot be read, if the folder was made under another
             protocol, or if a corruption, a severity or the baseline does not exist.
@@ -105,6 +107,8 @@ def evaluate_robustness(
         raise ValueError('dataset must be given where there are no stored corruptions, got None.')
     if clean is not None and stored is not None:
         _check_same_pictures(clean, stored)
+    if stored is None and corruptions:
+        import_imagecorruptions()  # here, not in each worker
     for name, model in models.items():
         if model.num_classes != len(pictures.classes):
             raise ValueError(f'{name} has {model.num_classes} classes, the data {len(pictures.classes)}.')
@@ -283,11 +287,8 @@ def _run(
 
 def _one_thread(worker: int) -> None:
     """Keep OpenCV, which some corruptions call, from starting threads in every worker."""
-    try:
-        import cv2
-    except ImportError:
-        return
-    cv2.setNumThreads(0)
+    if 'cv2' in sys.modules:
+        sys.modules['cv2'].setNumThreads(0)
 
 
 @torch.inference_mode()
