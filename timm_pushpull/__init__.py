@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .convert import convert_to_push_pull as convert_to_push_pull
     from .figures import draw_figures as draw_figures
     from .pictures import open_stored as open_stored
+    from .prime import PRIME as PRIME
     from .published import convert_published_checkpoint as convert_published_checkpoint
     from .published import read_published_checkpoint as read_published_checkpoint
     from .pushpull_conv import PushPullConv2d as PushPullConv2d
@@ -21,6 +22,7 @@ __version__ = '0.1.0'
 
 # Loaded on demand: this package is imported at the end of `import torch`, where it must cost nothing.
 _MODULE_OF = {
+    'PRIME': 'prime',
     'PushPullConv2d': 'pushpull_conv',
     'PushPullResNet': 'pushpull_resnet',
     'convert_published_checkpoint': 'published',

@@ -12,6 +12,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from .augment import augment_in_training
+from .prime import PRIME
 from .published import allow_paths_in_checkpoints, rename_published
 from .pushpull_conv import PushPullConv2d
 
@@ -34,11 +36,15 @@ class PushPullResNet(ResNet):
         stem_type: As timm's ``ResNet`` ('', 'deep', 'deep_tiered'), or 'cifar' for images of about 32x32: 3x3,
             stride 1, no max-pool, so that every feature map is four times as large on a side as that of ``''``.
         output_stride: Stride of the last feature map: 32, 16 or 8, with the 'cifar' stem 8, 4 or 2.
+        augment: 'prime' augments each batch by :class:`~timm_pushpull.PRIME` in training mode, with its settings for
+            32x32 under the 'cifar' stem and those for ImageNet otherwise; None for no augmentation.
         **kwargs: As timm's ``ResNet``.
 
     Raises:
         ValueError: As :class:`~timm_pushpull.PushPullConv2d`, or if the stride does not exist with the 'cifar' stem.
     """
+
+    __jit_unused_properties__ = ['_model_args']
 
     def __init__(
         self,
@@ -49,10 +55,13 @@ class PushPullResNet(ResNet):
         trainable_alpha: bool = True,
         stem_type: str = '',
         output_stride: int = 32,
+        augment: str | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(push_pull, bool):
             raise ValueError(f'push_pull must be True or False, got {push_pull!r}.')
+        if augment not in (None, 'prime'):
+            raise ValueError(f"augment must be 'prime' or None, got {augment!r}.")
         cifar = stem_type == 'cifar'
         if cifar:
             if output_stride not in (2, 4, 8, 16, 32):
@@ -66,6 +75,18 @@ class PushPullResNet(ResNet):
             name = 'conv1.0' if isinstance(self.conv1, nn.Sequential) else 'conv1'  # deep stem or a single convolution
             conv: Any = self.get_submodule(name)
             self.set_submodule(name, PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha))
+
+        if augment == 'prime':
+            augment_in_training(self, PRIME.cifar() if cifar else PRIME.imagenet())
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm writes to config.json to build the model anew: how it was trained is not among it."""
+        return self.__dict__.get('_model_args_to_keep', {})
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self.__dict__['_model_args_to_keep'] = {name: value for name, value in args.items() if name != 'augment'}
 
     def _shrink_stem(self) -> None:
         conv = nn.Conv2d(self.in_chans, 64, kernel_size=3, padding=1, bias=False).to(next(self.conv1.parameters()))

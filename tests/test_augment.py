@@ -1,0 +1,151 @@
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from timm_pushpull.augment import augment_in_training
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Negative(nn.Module):
+    """An augmentation of known outcome, which keeps what it saw."""
+
+    def forward(self, images):
+        self.seen = images
+        return 1 - images
+
+
+class Show(nn.Module):
+    pretrained_cfg = dict(mean=MEAN, std=STD)
+
+    def forward(self, images):
+        return images
+
+
+def batch(mean=MEAN, std=STD, dtype=torch.float32):
+    pixels = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
+    normalized = (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    return pixels, normalized.to(dtype)
+
+
+def augmented(model=None):
+    model, augmentation = model or Show(), Negative()
+    augment_in_training(model, augmentation)
+    return model.train(), augmentation
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 5e-3)])
+def test_it_augments_pixels_and_gives_them_back_normalized(dtype, tolerance):
+    pixels, normalized = batch(dtype=dtype)
+    model, augmentation = augmented()
+    output = model(normalized)
+    torch.testing.assert_close(augmentation.seen, pixels, rtol=0, atol=tolerance)
+    expected = (1 - pixels - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=6 * tolerance)
+
+
+def test_evaluation_knows_nothing_of_it():
+    model, augmentation = augmented()
+    _, normalized = batch()
+    assert model.eval()(normalized) is normalized and not hasattr(augmentation, 'seen')
+    assert not model.state_dict() and len(list(model.modules())) == 1
+
+
+def test_memory_format_is_kept():
+    model, _ = augmented()
+    _, normalized = batch()
+    channels_last = normalized.contiguous(memory_format=torch.channels_last)
+    assert model(channels_last).is_contiguous(memory_format=torch.channels_last)
+    assert model(normalized).is_contiguous() and torch.equal(model(channels_last), model(normalized))
+
+
+@pytest.mark.parametrize(
+    'mean, std',
+    [((0.5,) * 3, (0.5,) * 3), ((0.0,) * 3, (1.0,) * 3), ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))],
+)
+def test_another_mean_and_std_are_refused(mean, std):
+    model, _ = augmented()
+    with pytest.raises(ValueError, match='augment needs the mean and std that the loader used'):
+        model(batch(mean, std)[1])
+
+
+def test_channels_without_a_mean_are_refused():
+    model, _ = augmented()
+    with pytest.raises(ValueError, match='a mean and a std for each of 1 channels'):
+        model(batch()[1][:, :1])
+
+
+def test_half_precision_out_of_range_is_refused():
+    model, _ = augmented()
+    with pytest.raises(ValueError, match='augment needs the mean and std'):
+        model(batch((0.5,) * 3, (0.02,) * 3, torch.bfloat16)[1])
+
+
+def test_erased_regions_are_no_mismatch():
+    model, _ = augmented()
+    _, normalized = batch()
+    normalized[:, :, :4, :6] = torch.randn(4, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    model(normalized)
+
+
+@pytest.mark.parametrize('settings', [{}, {'push_pull': False}])
+def test_networks_take_it_by_name(settings, tmp_path):
+    model = timm.create_model('pp_resnet18', num_classes=10, augment='prime', **settings)
+    plain = timm.create_model('pp_resnet18', num_classes=10, **settings)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
+    normalized = (torch.randint(256, (2, 3, 64, 64)) / 255 - 0.45) / 0.225
+    model.pretrained_cfg.update(mean=(0.45,) * 3, std=(0.225,) * 3)
+    assert torch.equal(model.eval()(normalized), plain.eval()(normalized))
+    assert not torch.allclose(model.train()(normalized), plain.train()(normalized))
+    ema = copy.deepcopy(model).eval()
+    plain.load_state_dict(ema.state_dict())
+    assert torch.equal(ema(normalized), plain.eval()(normalized))
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert 'augment' not in json.dumps(json.loads((tmp_path / 'config.json').read_text()))
+    if settings and hasattr(timm.models, 'get_model_args'):  # timm keeps the arguments since 1.0.31
+        assert json.loads((tmp_path / 'config.json').read_text())['model_args']['push_pull'] is False
+
+
+def test_another_name_is_refused():
+    with pytest.raises(ValueError, match="augment must be 'prime' or None, got 'cutout'"):
+        timm.create_model('pp_resnet18', augment='cutout')
+
+
+def test_compiled_and_under_autocast():
+    model, augmentation = augmented(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    model.pretrained_cfg = Show.pretrained_cfg
+    pixels, normalized = batch()
+    with torch.autocast('cpu', torch.bfloat16):
+        output = torch.compile(model, backend='eager')(normalized)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(augmentation.seen, pixels, rtol=0, atol=1e-5)
+
+
+def test_export_knows_nothing_of_it():
+    x = torch.randn(2, 3, 32, 32)
+    graphs = []
+    for settings in ({'augment': 'prime'}, {}):
+        torch.manual_seed(0)
+        model = timm.create_model('pp_resnet18_cifar', **settings).eval()
+        graphs.append([node.target for node in torch.export.export(model, (x,)).graph.nodes])
+    assert graphs[0] == graphs[1]
+
+
+def test_under_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    try:
+        model, augmentation = augmented(nn.Sequential(nn.Conv2d(3, 4, 3)))
+        model.pretrained_cfg = Show.pretrained_cfg
+        pixels, normalized = batch()
+        nn.parallel.DistributedDataParallel(model)(normalized).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(augmentation.seen, pixels, rtol=0, atol=1e-5)
+    assert model[0].weight.grad.abs().sum() > 0

@@ -1,0 +1,63 @@
+"""Augmentation of training batches inside the model: what ``train.py --model-kwargs augment=prime`` turns on."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+__all__ = ['augment_in_training']
+
+
+def augment_in_training(model: nn.Module, augmentation: nn.Module) -> None:
+    """Make a model augment its input in training mode: un-normalised, augmented, normalised again.
+
+    Mean and std are those of ``model.pretrained_cfg``, which timm's loaders use. The first batch shows whether they
+    were: un-normalised, it must be made of pixels of 8 bits. In evaluation mode nothing happens; nothing is added to
+    the model's modules or state dict.
+
+    Args:
+        model: Model of timm.
+        augmentation: From images in [0, 1] (N, C, H, W) to augmented ones.
+    """
+    model.register_forward_pre_hook(_AugmentInTraining(augmentation))
+
+
+class _AugmentInTraining:
+    def __init__(self, augmentation: nn.Module) -> None:
+        self._augmentation = augmentation
+        self._checked = False
+
+    def __call__(self, model: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not model.training:
+            return None
+        return self._augment(args[0], model.pretrained_cfg['mean'], model.pretrained_cfg['std']), *args[1:]
+
+    @torch.compiler.disable  # its draws are not for a graph
+    @torch.no_grad()
+    def _augment(self, batch: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+        if batch.shape[1] != len(mean):
+            raise ValueError(f'augment needs a mean and a std for each of {batch.shape[1]} channels, got mean={mean}.')
+        shift, scale = (batch.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+        images = batch.float() * scale + shift
+        if not self._checked:
+            _check_pixels(images, batch.dtype, mean, std)
+            self._checked = True
+        augmented = (self._augmentation(images.clamp(0, 1)) - shift) / scale
+        channels_last = batch.is_contiguous(memory_format=torch.channels_last)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return augmented.to(batch.dtype, memory_format=memory_format)
+
+
+def _check_pixels(images: Tensor, dtype: torch.dtype, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Refuse images that are not n / 255, for the greater part at least: random erasing leaves something else."""
+    # Half precision has lost the steps of a pixel: there only the range can be seen.
+    fine = torch.finfo(dtype).bits >= 32
+    levels = images * 255
+    pixels = (levels - levels.round()).abs() < 0.02 if fine else (levels > -2) & (levels < 257)
+    if pixels.float().mean() < 0.5:
+        raise ValueError(
+            f'augment needs the mean and std that the loader used; un-normalised with those of the model, mean={mean} '
+            f'and std={std}, the batch does not hold pixels. Leave --mean and --std out, or give the model the same by '
+            '--model-kwargs "pretrained_cfg_overlay=dict(mean=..., std=...)"; mixup needs the prefetcher.'
+        )
