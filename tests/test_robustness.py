@@ -218,6 +218,15 @@ def test_command_refuses_in_one_line(options, message, data, tmp_path, capsys, m
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_command_names_an_unreadable_picture(workers, data, tmp_path, capsys):
+    folder = shutil.copytree(data, tmp_path / 'data')
+    (folder / 'validation' / '2' / '0.png').write_text('not a picture')
+    assert main(command(folder, tmp_path, '--workers', workers)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith('timm-pushpull: 2/0.png cannot be read: cannot identify image file')
+
+
 def test_command_tells_two_checkpoints_of_one_network_apart(data, tmp_path, capsys):
     arguments = command(data, tmp_path, '--corruptions', 'fog', '--severities', '2', '--workers', '0', '--amp')
     checkpoint = arguments[arguments.index('--checkpoint') + 1]

@@ -15,6 +15,9 @@ import timm
 import torch
 from PIL import Image
 
+from timm_pushpull.pictures import find_class_map
+from timm_pushpull.recipes import list_recipes, recipe_path
+
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 pytestmark = pytest.mark.skipif(
     not SCRIPTS, reason="set TIMM_SCRIPTS to a checkout of timm's repository, whose scripts are not in its wheel"
@@ -49,8 +52,8 @@ def train_command(data, output, *options):
     return command('train.py', *MODEL, *size, *recipe, *folders, *options)
 
 
-def run(arguments):
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+def run(arguments, **kwargs):
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=1200, **kwargs)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -74,14 +77,59 @@ def train(data, output, *options):
         ('--grad-checkpointing',),
         ('--model-kwargs', 'avg_pool_size=5', 'alpha=0.5', 'trainable_alpha=False'),
         ('--model-kwargs', 'push_pull=False'),
+        ('--model-kwargs', 'augment=prime', '--amp', '--amp-dtype', 'bfloat16', '--model-ema'),
+        ('--model-kwargs', 'augment=prime', 'push_pull=False', '--channels-last'),
+        ('--model-kwargs', 'augment=prime', '--torchcompile', '--reprob', '0.25'),
+        ('--model-kwargs', 'augment=prime', '--no-prefetcher'),
     ],
     ids=' '.join,
 )
 def test_train(options, data, tmp_path):
     losses = train(data, tmp_path, *options)
     assert len(losses) == 2
-    # Two epochs are too few to learn what AutoAugment does to so few pictures.
-    assert losses[1] < losses[0] if '--aa' not in options else all(map(math.isfinite, losses))
+    # Two epochs are too few to learn what these do to so few pictures.
+    augmented = {'--aa', 'augment=prime'} & set(options)
+    assert all(map(math.isfinite, losses)) if augmented else losses[1] < losses[0]
+
+
+def test_prime_refuses_another_mean_and_std(data, tmp_path):
+    options = ('--model-kwargs', 'augment=prime', '--mean', '0.5', '0.5', '0.5', '--std', '0.5', '0.5', '0.5')
+    result = subprocess.run(train_command(data, tmp_path, *options), capture_output=True, text=True, timeout=600)
+    assert result.returncode and 'augment needs the mean and std that the loader used' in result.stderr
+
+
+RUN_RECIPES = """
+import importlib.util, sys
+script, data, output, *recipes = sys.argv[1:]
+for recipe in recipes:
+    spec = importlib.util.spec_from_file_location('train', script)  # anew, because defaults stay in its parser
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    size = '32' if '_cifar' in recipe else '64'
+    sys.argv = [script, '--config', recipe, '--data-dir', data, '--dataset', '', '--input-size', '3', size, size]
+    sys.argv += '--batch-size 4 --grad-accum-steps 1 --epochs 1 --warmup-epochs 0 --train-batches-per-epoch 2'.split()
+    sys.argv += ['--workers', '1', '--device', 'cpu', '--output', output]
+    train.main()
+"""
+
+
+def test_every_recipe_runs(tmp_path):
+    lists = [Path(find_class_map(f'imagenet_{size}')).read_text().split() for size in (100, 200)]
+    generator = torch.Generator().manual_seed(0)
+    for split in ('train', 'validation'):
+        for synset in sorted(set(lists[0]) & set(lists[1]))[:2]:
+            for index in range(8):
+                path = tmp_path / 'data' / split / synset / f'{index}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = torch.randint(256, (80, 72, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(path)
+    names = list(list_recipes())
+    paths = [recipe_path(name) for name in names]
+    arguments = [Path(SCRIPTS) / 'train.py', tmp_path / 'data', tmp_path / 'output', *paths]
+    run([sys.executable, '-c', RUN_RECIPES, *map(str, arguments)], cwd=Path(__file__).parent.parent)
+    for name in names:
+        with open(tmp_path / 'output' / name / 'summary.csv') as file:
+            assert [math.isfinite(float(row['train_loss'])) for row in csv.DictReader(file)] == [True], name
 
 
 def test_killed_and_resumed(data, tmp_path):

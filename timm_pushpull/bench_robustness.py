@@ -34,6 +34,12 @@ class Ratio(NamedTuple):
     low: float
     high: float
 
+    def in_words(self) -> str:
+        return (
+            f'{self.name}: {self.median:.2f} (from {self.low:.2f} to {self.high:.2f}; '
+            f'medians {self.seconds:.2f} s over {self.reference_seconds:.2f} s)'
+        )
+
 
 def bench_robustness(
     model: str = 'resnet18',

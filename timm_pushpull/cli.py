@@ -86,22 +86,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures.add_argument('--num-classes', type=int, metavar='N')
     figures.set_defaults(run=_figures)
 
+    recipes = commands.add_parser('recipes', help='list the training recipes, or print the commands of one')
+    recipes.add_argument('name', nargs='?', metavar='NAME', help='architecture.tag')
+    recipes.add_argument('--processes', type=int, default=4, metavar='N', help='of the torchrun command')
+    recipes.set_defaults(run=_recipes)
+
     bench = commands.add_parser('bench', help='speed, as ratios measured in one run')
-    bench.add_argument('what', choices=['robustness'], help='the evaluation beside validate.py')
-    bench.add_argument('--model', default='resnet18', metavar='MODEL')
-    bench.add_argument('--images', type=int, default=256, metavar='N')
-    bench.add_argument('--rounds', type=int, default=5, metavar='N')
-    bench.add_argument('--batch-size', type=int, default=64, metavar='N')
-    bench.add_argument('--workers', type=int, default=2, metavar='N')
-    bench.add_argument('--device', default='cpu')
-    bench.set_defaults(run=_bench)
+    benches = bench.add_subparsers(required=True, metavar='WHAT')
+    of_robustness = benches.add_parser('robustness', help='the evaluation beside validate.py')
+    of_robustness.add_argument('--model', default='resnet18', metavar='MODEL')
+    of_robustness.add_argument('--images', type=int, default=256, metavar='N')
+    of_robustness.add_argument('--batch-size', type=int, default=64, metavar='N')
+    of_robustness.add_argument('--workers', type=int, default=2, metavar='N')
+    of_robustness.set_defaults(run=_bench_robustness)
+    of_prime = benches.add_parser('prime', help='PRIME beside its plain formulation')
+    of_prime.add_argument('--preset', default='imagenet', metavar='NAME', help='imagenet or cifar')
+    of_prime.add_argument('--img-size', type=int, default=224, metavar='N')
+    of_prime.add_argument('--batch-size', type=int, default=32, metavar='N')
+    of_prime.set_defaults(run=_bench_prime)
+    for parser_of_one in (of_robustness, of_prime):
+        parser_of_one.add_argument('--rounds', type=int, default=5, metavar='N')
+        parser_of_one.add_argument('--device', default='cpu')
 
     args = parser.parse_args(argv)
     try:
         args.run(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        # What failed in a worker process comes with the worker's traceback before it.
-        message = str(error).strip().splitlines()[-1].removeprefix(f'{type(error).__name__}: ')
+        kind = type(error)
+        # What failed in a worker process comes with the worker's traceback before it, which ends as tracebacks do.
+        *_, message = [kind.__name__, *str(error).strip().splitlines()]
+        message = message.removeprefix(f'{kind.__module__}.').removeprefix(f'{kind.__name__}: ')
         print(f'timm-pushpull: {message}', file=sys.stderr)
         return 2
     return 0
@@ -196,13 +210,30 @@ def _figures(args: argparse.Namespace) -> None:
         print(path)
 
 
-def _bench(args: argparse.Namespace) -> None:
+def _recipes(args: argparse.Namespace) -> None:
+    from .recipes import list_recipes, recipe_command
+
+    if args.name:
+        print(f'{recipe_command(args.name)}\n\n{recipe_command(args.name, args.processes)}')
+    else:
+        for name, purpose in list_recipes().items():
+            print(f'{name:<40} {purpose}')
+
+
+def _bench_robustness(args: argparse.Namespace) -> None:
     from .bench_robustness import bench_robustness
 
     ratios = bench_robustness(args.model, args.images, args.rounds, args.batch_size, args.workers, args.device)
     for ratio in ratios:
-        print(f'{ratio.name}: {ratio.median:.2f} (from {ratio.low:.2f} to {ratio.high:.2f}; medians')
-        print(f'    {ratio.seconds:.2f} s over {ratio.reference_seconds:.2f} s of {args.rounds} rounds)')
+        print(ratio.in_words())
+
+
+def _bench_prime(args: argparse.Namespace) -> None:
+    from .bench_prime import bench_prime
+
+    time, memory = bench_prime(args.batch_size, args.img_size, args.rounds, args.device, args.preset)
+    print(time.in_words())
+    print(memory.in_words())
 
 
 def _create_models(args: argparse.Namespace) -> dict[str, Any]:
