@@ -354,6 +354,20 @@ def test_displacements_are_drawn_as_defined():
         assert correlation.fill_diagonal_(0).abs().max() < 0.2
 
 
+def test_temperatures_are_uniform(monkeypatch):
+    numbers = []
+
+    def kept(modes, cuts, temperatures, size):
+        numbers.append(torch.stack((cuts, temperatures)).double())
+        return displacement_fields(modes, cuts, temperatures, size)
+
+    monkeypatch.setattr(prime_module, 'displacement_fields', kept)
+    PRIME(**dict(SMALL, cut_max=9)).draw((4000, 1, 16, 16), generator=seeded())
+    cuts, temperatures = torch.cat(numbers, dim=1)
+    lowest, highest = (bound.double() for bound in temperature_range(16, cuts))
+    assert uniform_distance((temperatures - lowest) / (highest - lowest)) < 0.02
+
+
 def test_displacements_of_large_images_move_by_pixels():
     fields = PRIME.imagenet().draw((8, 3, 224, 224), generator=seeded()).displacements
     assert 0.1 < fields.std() < 20
