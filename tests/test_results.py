@@ -36,7 +36,9 @@ def write_results(folder, errors, images=100, classes=1000, seed=0):
 def test_summary_by_hand(tmp_path):
     corrupted = [(name, severity) for name in TEST_CORRUPTIONS for severity in FIVE]
     errors = {
-        'a': {('clean', 0): 20, ('saturate', 1): 90} | {(name, s): 20 + 10 * s for name, s in corrupted},
+        'a': {('clean', 0): 20}
+        | {('saturate', s): 90 for s in FIVE}
+        | {(name, s): 20 + 10 * s for name, s in corrupted},
         'b': {('clean', 0): 30} | {(name, s): 10 * s for name, s in corrupted},
     }
     write_results(tmp_path, errors)
@@ -100,3 +102,21 @@ def test_a_summary_keeps_its_baseline(tmp_path):
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match='holds no results'):
         read_protocol(tmp_path)
+
+
+def test_a_corruption_not_shown_at_all_severities_has_no_error(tmp_path):
+    fog = {('fog', severity): 10 * severity for severity in FIVE}
+    write_results(tmp_path, {'whole': fog, 'killed': {('fog', 1): 1, ('fog', 2): 2, **{('snow', s): 7 for s in FIVE}}})
+    whole, killed = write_summary(tmp_path)
+    assert whole['CE_fog'] == 30 and killed['CE_snow'] == 7 and 'CE_fog' not in killed
+    assert {whole['severities'], killed['severities']} == {'1 2 3 4 5'}
+
+
+def test_resamples_in_which_the_baseline_has_no_errors_count_as_the_worst(tmp_path):
+    passes = {(name, severity): 30 for name in TEST_CORRUPTIONS for severity in FIVE}
+    write_results(tmp_path, {'a': {('clean', 0): 1, **passes}, 'b': {('clean', 0): 2, **passes}})
+    a, b = write_summary(tmp_path, 'a')
+    assert b['R_net'] == -50
+    # A baseline with one error in 100 has none in e^-1 of the resamples.
+    assert b['R_net_low'] != '' and b['R_net_high'] == ''
+    assert b['relative_mCE_low'] != '' and b['relative_mCE_high'] != ''

@@ -199,7 +199,7 @@ def test_command(data, tmp_path, capsys):
         (['--class-map', 'missing'], 'class_map must be a file of class names or one of imagenet_100, imagenet_200'),
         (['--class-map', 'imagenet_100'], 'Found 0 images'),
         (['--stored', 'missing'], 'stored must be a folder of corruptions, missing is none'),
-        (['--stored', '.'], 'lacks fog/2'),
+        (['--stored', '.'], 'lacks fog: name corruptions'),
         (['--corruptions', 'fig'], "got 'fig'; the nearest is 'fog'"),
         (['--severities', '6'], 'severity must be an integer from 1 to 5, got 6'),
         (['--limit', '0'], 'limit must be at least 1, got 0'),
@@ -225,6 +225,32 @@ def test_command_names_an_unreadable_picture(workers, data, tmp_path, capsys):
     assert main(command(folder, tmp_path, '--workers', workers)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith('timm-pushpull: 2/0.png cannot be read: cannot identify image file')
+
+
+def test_command_refuses_a_random_alpha(data, tmp_path, capsys):
+    plain = timm.create_model('pp_resnet18', num_classes=3, push_pull=False)
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    arguments = ['robustness', 'pp_resnet18', '--checkpoint', tmp_path / 'plain.pth', '--num-classes', '3']
+    arguments += ['--data-dir', data, '--output', tmp_path / 'out', '--input-size', '3', '32', '32', '--workers', '0']
+    arguments = [str(argument) for argument in (*arguments, '--corruptions', 'fog', '--severities', '1')]
+    assert main(arguments) == 2
+    assert 'plain.pth holds no alpha, which would be drawn at random' in capsys.readouterr().err
+    for settings in (['alpha=0.5'], ['alpha=0.5', 'trainable_alpha=False'], ['push_pull=False']):
+        assert main([*arguments, '--model-kwargs', *settings, '--output', str(tmp_path / settings[-1])]) == 0
+    torch.save(timm.create_model('pp_resnet18', num_classes=3).state_dict(), tmp_path / 'plain.pth')
+    assert main([*arguments, '--output', str(tmp_path / 'pp')]) == 0
+
+
+def test_command_says_where_models_see_other_crops(data, tmp_path, capsys):
+    arguments = command(data, tmp_path, '--corruptions', 'fog', '--severities', '2', '--workers', '0')
+    assert main(arguments) == 0
+    assert 'do not see the same' not in capsys.readouterr().out
+    assert (
+        main([*arguments, '--input-size', '3', '40', '40', '--crop-pct', '0.7', '--output', str(tmp_path / 'b')]) == 0
+    )
+    arguments[1] = 'other=test_resnet'
+    assert main([*arguments, '--output', str(tmp_path / 'b')]) == 0
+    assert 'do not see the same: 32 pixels' in capsys.readouterr().out
 
 
 def test_command_tells_two_checkpoints_of_one_network_apart(data, tmp_path, capsys):

@@ -10,6 +10,8 @@ from typing import Any
 
 __all__ = ['main']
 
+ENDS = ('_low', '_high')  # of an interval
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -18,11 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process where None.
 
     Returns:
-        Exit status: 0, or 2 after one line that says what is wrong.
+        Exit status: 0, 2 after one line that says what is wrong, or 130 after an interruption.
     """
-    from timm.utils import ParseKwargs
+    from . import __version__
 
     parser = argparse.ArgumentParser(prog='timm-pushpull', description='Push-pull networks for timm.')
+    parser.add_argument('--version', action='version', version=__version__)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
     demo = commands.add_parser('demo', help='train a push-pull network and its baseline on digits, and compare them')
@@ -42,17 +45,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add_argument('--data-dir', metavar='DIR', help='clean pictures; corruptions are generated from them')
     data.add_argument('--stored', metavar='FOLDER', help='corruptions as ImageNet-C or CIFAR-10-C are published')
     data.add_argument('--dataset', metavar='NAME', help='type of the clean dataset, as in validate.py')
-    data.add_argument('--split', default='validation', metavar='NAME', help='as in validate.py')
+    data.add_argument('--split', default='validation', metavar='NAME', help='of the clean dataset (%(default)s)')
     data.add_argument('--class-map', default='', metavar='FILE', help='as in validate.py; imagenet_100, imagenet_200')
     data.add_argument('--corruptions', nargs='+', metavar='NAME', help='instead of the 15 of the test')
-    data.add_argument('--severities', nargs='+', type=int, default=[1, 2, 3, 4, 5], metavar='N')
-    data.add_argument('--limit', type=int, metavar='N', help='pictures, as many of each class as can be')
-    data.add_argument('--seed', type=int, default=0, metavar='N', help='number of the draw of the corruptions')
+    data.add_argument('--severities', nargs='+', type=int, default=[1, 2, 3, 4, 5], metavar='N', help='(1 to 5)')
+    data.add_argument('--limit', type=int, metavar='N', help='pictures, as many of each class as can be (all)')
+    data.add_argument('--seed', type=int, default=0, metavar='N', help='draw of the corruptions (%(default)s)')
     data.add_argument('--skip-unreadable', action='store_true', help='count pictures that cannot be read, and go on')
-    model = robustness.add_argument_group('models, as in validate.py')
-    model.add_argument('--checkpoint', nargs='+', metavar='FILE', help='one for each model')
+    model = robustness.add_argument_group('models', "options of timm's validate.py, the same for all models")
+    model.add_argument(
+        '--checkpoint', nargs='+', metavar='FILE', help="one for each model; by default timm's pretrained weights"
+    )
     model.add_argument('--use-ema', action='store_true', help='EMA weights of the checkpoints')
-    model.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
+    model.add_argument(
+        '--model-kwargs',
+        nargs='*',
+        default={},
+        action=_ParseKwargs,
+        metavar='NAME=VALUE',
+        help='for models of other ones, run again with the same --output: they join',
+    )
     model.add_argument('--num-classes', type=int, metavar='N')
     model.add_argument('--input-size', nargs=3, type=int, metavar='N', help='e.g. 3 224 224')
     model.add_argument('--use-train-size', action='store_true', help='not the test size; always so with --stored')
@@ -66,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument('--device', help='cuda where there is one, else cpu')
     run.add_argument('--amp', action='store_true', help='mixed precision')
     run.add_argument('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
-    run.add_argument('--batch-size', type=int, default=64, metavar='N')
-    run.add_argument('--workers', type=int, default=2, metavar='N', help='processes that decode and corrupt')
+    run.add_argument('--batch-size', type=int, default=64, metavar='N', help='pictures at a time (%(default)s)')
+    run.add_argument(
+        '--workers', type=int, default=2, metavar='N', help='processes that decode and corrupt (%(default)s)'
+    )
     robustness.set_defaults(run=_robustness)
 
     report = commands.add_parser('report', help='a page with tables and pictures from results of robustness')
@@ -80,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures.add_argument('model', metavar='MODEL', help='any name that timm.create_model takes')
     figures.add_argument('--output', required=True, metavar='FOLDER', help='where the PNG and CSV files go')
     figures.add_argument('--seed', type=int, default=0, metavar='N', help='number of the draw of the noise')
-    figures.add_argument('--checkpoint', metavar='FILE')
+    figures.add_argument('--checkpoint', metavar='FILE', help="by default timm's pretrained weights")
     figures.add_argument('--use-ema', action='store_true', help='EMA weights of the checkpoint')
-    figures.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
+    figures.add_argument('--model-kwargs', nargs='*', default={}, action=_ParseKwargs, metavar='NAME=VALUE')
     figures.add_argument('--num-classes', type=int, metavar='N')
     figures.set_defaults(run=_figures)
 
@@ -111,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
+    except KeyboardInterrupt:
+        print('timm-pushpull: interrupted; what is finished is kept, and the same command goes on.', file=sys.stderr)
+        return 130
     except (ValueError, OSError, ModuleNotFoundError) as error:
         kind = type(error)
         # What failed in a worker process comes with the worker's traceback before it, which ends as tracebacks do.
@@ -121,13 +138,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _ParseKwargs(argparse.Action):
+    """timm's own, imported only where it is used: timm takes seconds to import."""
+
+    def __call__(self, *args: Any) -> None:
+        from timm.utils import ParseKwargs
+
+        ParseKwargs(self.option_strings, self.dest)(*args)
+
+
 def _demo(args: argparse.Namespace) -> None:
-    from .demo import run_demo
+    from .demo import NOTE, run_demo
 
     result = run_demo(args.output)
     _print_summary(result.rows)
-    print("scikit-learn's digits at 32x32, 1,437 to train and 120 to test; 15 corruptions at 5 severities, generated;")
-    print('one seed on small digits shows that all works, not which network is better.')
+    print(textwrap.fill(NOTE, 100))
     print(f'Tables and pictures: {result.report.resolve().as_uri()}')
 
 
@@ -168,6 +193,10 @@ def _robustness(args: argparse.Namespace) -> None:
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     with _refused_by_timm(f'--device {args.device}'):
         device = init_distributed_device(args)
+    data_configs = {
+        name: resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size and stored is None)
+        for name, model in models.items()
+    }
     rows = evaluate_robustness(
         models,
         args.output,
@@ -179,10 +208,7 @@ def _robustness(args: argparse.Namespace) -> None:
         seed=args.seed,
         baseline=args.baseline,
         skip_unreadable=args.skip_unreadable,
-        data_configs={
-            name: resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size and stored is None)
-            for name, model in models.items()
-        },
+        data_configs=data_configs,
         device=device,
         batch_size=args.batch_size,
         workers=args.workers,
@@ -193,7 +219,11 @@ def _robustness(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
     if rows:
         _print_summary(rows)
-        print(f'95% intervals, CE by corruption: {args.output}/summary.csv. How it was measured: protocol.json there.')
+        ways = {f'{row["img_size"]} pixels, crop {row["crop_pct"]}, {row["interpolation"]}' for row in rows}
+        if len(ways) > 1:
+            print(f'The models do not see the same: {"; ".join(sorted(ways))}.')
+            print('To compare them alike: --input-size, --crop-pct, --interpolation.')
+        print(f'95% intervals, and how it was measured: summary.csv and protocol.json in {args.output}.')
         print(f'As a page: timm-pushpull report {args.output}')
 
 
@@ -260,8 +290,25 @@ def _create_model(name: str, checkpoint: str | None, args: argparse.Namespace) -
     with _refused_by_timm(name):  # an unknown name, weights or settings that do not fit
         model = create_model(name, pretrained=checkpoint is None, num_classes=args.num_classes, **args.model_kwargs)
         if checkpoint is not None:
+            drawn = _unset_drawn_alpha(model)
             load_checkpoint(model, checkpoint, args.use_ema)
+            if any(alpha.isnan().any() for alpha in drawn):
+                raise RuntimeError(
+                    f'{checkpoint} holds no alpha, which would be drawn at random. Is it of a plain network? Then give '
+                    '--model-kwargs push_pull=False, or an alpha.'
+                )
     return model
+
+
+def _unset_drawn_alpha(model: Any) -> list[Any]:
+    """Make inhibition strengths that were drawn, not given, not a number, to see whether a checkpoint sets them."""
+    from .pushpull_conv import PushPullConv2d
+
+    layers = [layer for layer in model.modules() if isinstance(layer, PushPullConv2d)]
+    drawn = [layer.alpha for layer in layers if layer.trainable_alpha and layer.initial_alpha is None]
+    for alpha in drawn:
+        alpha.data.fill_(float('nan'))
+    return drawn
 
 
 @contextlib.contextmanager
@@ -270,16 +317,21 @@ def _refused_by_timm(what: str) -> Iterator[None]:
     try:
         yield
     except (AssertionError, ImportError, RuntimeError, TypeError) as error:
-        raise ValueError(f'{what}: {textwrap.shorten(str(error), 300)}') from None
+        message = textwrap.shorten(str(error), 300)
+        hint = ' Give --checkpoint.' if 'No pretrained weights' in message else ''
+        raise ValueError(f'{what}: {message}{hint}') from None
 
 
 def _print_summary(rows: Sequence[dict[str, Any]]) -> None:
-    columns = ['E', 'plain_mCE', 'alexnet_normalized_mCE', 'relative_mCE', 'R_net']
-    columns = [column for column in columns if any(row[column] != '' for row in rows)]
-    width = max(len(row['model']) for row in rows)
-    print(f'\n{"%":<{width}}' + ''.join(f'  {column:>12}' for column in columns))
-    for row in rows:
-        values = (f'{row[column]:>{max(12, len(column))}}' for column in columns)
-        print(f'{row["model"]:<{width}}  {"  ".join(values)}')
+    means = ['plain_mCE', 'alexnet_normalized_mCE', 'relative_mCE', 'R_net']
+    errors = dict.fromkeys(name for row in rows for name in row if name[:3] == 'CE_' and not name.endswith(ENDS))
+    measures = [name for name in ('E', *errors, *means) if any(row.get(name, '') != '' for row in rows)]
+    label = max(map(len, measures), default=0)
+    print('\n' + ' ' * label + ''.join(f'  {row["model"]:>9}' for row in rows))
+    for name in measures:
+        values = (f'{row.get(name, ""):>{max(9, len(row["model"]))}}' for row in rows)
+        print(f'{name:<{label}}  {"  ".join(values)}')
+    print(f'in %; means over severities {rows[0]["severities"] or "of none"}', end='')
+    print('.' if 'plain_mCE' in measures else '; mCE needs all 15 corruptions.')
     if unreadable := sum(row['unreadable'] for row in rows):
         print(f'Left out: {unreadable} answers to pictures that could not be read.')

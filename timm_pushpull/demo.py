@@ -26,6 +26,10 @@ SEED = 0
 TEST_SHARE = 5  # every fifth digit
 NETWORKS = {'plain resnet18': False, 'pp_resnet18': True}  # push_pull
 BASELINE = 'plain resnet18'
+NOTE = (
+    "scikit-learn's handwritten digits at 32x32, 1,437 to train and 120 to test: one seed on small digits shows that "
+    'all works, not which network is better.'
+)
 DIGITS = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, interpolation='bilinear')
 
 
@@ -77,7 +81,7 @@ def run_demo(folder: str | os.PathLike[str], epochs: int = 8, test_digits: int =
         workers=2,
         progress=True,
     )
-    return DemoResult(rows, write_report([folder / 'results'], folder / 'report'))
+    return DemoResult(rows, write_report([folder / 'results'], folder / 'report', note=NOTE))
 
 
 def _write_digits(folder: Path) -> None:

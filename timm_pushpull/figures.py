@@ -59,16 +59,18 @@ def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0
 
     The files are ``kernels``, ``edge``, ``spectra`` and ``alpha``, each as ``.png`` and as ``.csv``.
 
-    - ``kernels``: the first channel of the five filters whose values spread widest (max - min over the whole filter),
-      in the grey scale from the filter's least value to its greatest. The table holds all the channels.
+    - ``kernels``: the five filters whose values spread widest (max - min over the whole filter), of each the channel
+      that spreads widest, in the grey scale from the filter's least value to its greatest. The table holds all the
+      channels.
     - ``edge``: the :func:`edge_responses` of one filter. The picture is 64 pixels wide and high, 0 with a bar of 1, 5
       pixels wide, the same in every channel; to each pixel and channel Gaussian noise is added, and not clipped. A_s is
       the mean response over the bar, A_n the mean over all else, each over 16 draws of the noise, and :func:`snr_db`
-      their ratio. The picture goes on beyond what is measured, so that no response is one to its border. The filter is
-      the one that best tells the bar from even light and from noise, of greatest ``A_s / (A_u + |W|)``: A_s its push
-      response to the bar without noise, A_u that to the bar's brightness everywhere, ``|W|`` its Euclidean norm, the
-      std of its response to unit noise; the pull response has no part in the choice. A ratio that is infinite is
-      ``inf`` in the table, one that does not exist is empty, and neither is drawn.
+      their ratio. The picture goes on beyond what is measured, so that no response is one to its border. The filter is,
+      of the half with the greatest alpha, the one that best tells the bar from even light and from noise, of greatest
+      ``A_s / (A_u + |W|)``: A_s its push response to the bar without noise, A_u that to the bar's brightness
+      everywhere, ``|W|`` its Euclidean norm, the std of its response to unit noise; the pull response has no part in
+      the choice. A ratio that is infinite is ``inf`` in the table, one that does not exist is empty, and neither is
+      drawn.
     - ``spectra``: :func:`combined_spectrum` of the push kernels (alpha 0), of the pull kernels, and of combinations for
       several alpha and windows; the table holds their :func:`radial_mean`.
     - ``alpha``: the inhibition strength of each channel.
@@ -226,6 +228,7 @@ def _kernels(weight: Tensor) -> _Drawn:
     spread = weight.amax((1, 2, 3)) - weight.amin((1, 2, 3))
     filters = spread.sort(descending=True, stable=True).indices[:KERNELS].tolist()
     kernels = {'push': weight, 'pull': pull_kernels(weight)}
+    channels = (weight.amax((2, 3)) - weight.amin((2, 3))).argmax(1).tolist()
 
     figure = new_figure(2.9)
     axes = figure.subplots(2, KERNELS, squeeze=False)
@@ -237,14 +240,14 @@ def _kernels(weight: Tensor) -> _Drawn:
                 continue
             number = filters[column]
             low, high = weight[number].min().item(), weight[number].max().item()
-            axis.imshow(values[number, 0].numpy(), cmap='gray', vmin=low, vmax=high)
+            axis.imshow(values[number, channels[number]].numpy(), cmap='gray', vmin=low, vmax=high)
             if column == 0:
                 axis.set_ylabel(name)
             if name == 'push':
-                axis.set_title(f'filter {number}')
+                axis.set_title(f'{number}, channel {channels[number]}')
             else:
                 axis.set_xlabel(f'min {low:#.2g}\nmax {high:#.2g}')
-    figure.suptitle("First channel; black: the filter's min, white: its max")
+    figure.suptitle("Filters; black: the filter's min, white: its max")
     rows = (
         (number, name, *place, value.item())
         for number in filters
@@ -279,7 +282,8 @@ def _edge(weight: Tensor, alpha: Tensor, dilation: tuple[int, int], avg_pool_siz
     inner_on_edge = on_edge[margin : size - margin]
     push = inner(edge_responses(clean, weight, 0.0, dilation, 0)['push'])
     others = weight.sum((1, 2, 3)).relu() + weight.flatten(1).norm(dim=1)
-    number = int((push[..., inner_on_edge].mean((0, 2, 3)) / others.clamp_min(1e-12)).argmax())
+    merit = push[..., inner_on_edge].mean((0, 2, 3)) / others.clamp_min(1e-12)
+    number = int(merit.where(alpha >= alpha.median(), -1).argmax())
 
     rows: list[tuple[Any, ...]] = []
     shown: dict[str, Tensor] = {}
@@ -315,7 +319,7 @@ def _edge(weight: Tensor, alpha: Tensor, dilation: tuple[int, int], avg_pool_siz
     axis.grid(color='0.88')
     axis.legend()
     window = f'window {avg_pool_size}' if avg_pool_size else 'no averaging'
-    figure.suptitle(f'Filter {number}, α = {strength.item():.2f}, {window}')
+    figure.suptitle(f'Filter {number}, α = {strength.item():.2g}, {window}')
     columns = ('filter', 'noise_std', 'response', 'edge_amplitude', 'background_amplitude', 'snr_db')
     return figure, columns, rows
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -59,14 +59,18 @@ class DatasetPictures:
             UnreadablePicture: If that cannot be done.
         """
         if self._reader is None:
-            return _decode(lambda: self._dataset[place][0], self.names[place])
+            return _decode(lambda: self._dataset[place][0].convert('RGB'), self.names[place])
         # Not dataset[place]: timm's dataset puts the next picture in the place of one that it cannot read.
-        return _decode(lambda: Image.open(self._reader[place][0]), self.names[place])
+        return _decode(lambda: _load(self._reader[place][0]), self.names[place])
 
     def _read_targets(self) -> list[int]:
         samples, targets = getattr(self._reader, 'samples', None), getattr(self._reader, 'targets', None)
         if targets is None and samples is not None:
             targets = [target for _, target in samples]
+        if targets is None and hasattr(self._reader, 'label_key'):  # hfds/, whose pictures need not be opened for it
+            targets = list(self._reader.dataset[self._reader.label_key])
+            if self._reader.remap_class:
+                targets = [self._reader.class_to_idx[target] for target in targets]
         if targets is None and self._reader is None:
             targets = getattr(self._dataset, 'targets', None)
         if targets is None or np.ndim(targets) != 1:
@@ -116,16 +120,16 @@ class StoredFolders:
     ) -> None:
         folder, severities = Path(folder), list(severities)
         self._folders: dict[tuple[str, int], Path] = {}
-        missing = []
+        missing: list[str] = []
         for corruption in corruptions:
             candidates = [folder / corruption, *sorted(folder.glob(f'*/{corruption}'))]
             found = next((candidate for candidate in candidates if candidate.is_dir()), folder / corruption)
-            for severity in severities:
-                self._folders[corruption, severity] = found / str(severity)
-                if not self._folders[corruption, severity].is_dir():
-                    missing.append(f'{corruption}/{severity}')
+            paths = {severity: found / str(severity) for severity in severities}
+            self._folders.update({(corruption, severity): path for severity, path in paths.items()})
+            lacking = [severity for severity, path in paths.items() if not path.is_dir()]
+            missing += [corruption] if not found.is_dir() else [f'{corruption}/{severity}' for severity in lacking]
         if missing:
-            raise ValueError(f'{folder} lacks {", ".join(missing)}.')
+            raise ValueError(f'{folder} lacks {", ".join(missing)}: name corruptions and severities that it has.')
         first = next(iter(self._folders.values()))
         try:
             pictures = DatasetPictures(ImageDataset(str(first), class_map=class_map))
@@ -148,7 +152,7 @@ class StoredFolders:
             UnreadablePicture: If that cannot be done.
         """
         path = self._folders[corruption, severity] / self.names[place]
-        return _decode(lambda: Image.open(path), str(path))
+        return _decode(lambda: _load(open(path, 'rb')), str(path))
 
 
 class StoredArrays:
@@ -176,7 +180,7 @@ class StoredArrays:
         corruptions = list(corruptions)
         missing = [f'{name}.npy' for name in corruptions if not self._path(name).is_file()]
         if missing:
-            raise ValueError(f'{folder} lacks {", ".join(missing)}.')
+            raise ValueError(f'{folder} lacks {", ".join(missing)}: name corruptions that it has.')
         labels = np.load(self._path('labels'), allow_pickle=False)
         if labels.ndim != 1 or len(labels) % 5 or (labels.reshape(5, -1) != labels[: len(labels) // 5]).any():
             raise ValueError(f'{self._path("labels")} must hold the same classes five times, once for each severity.')
@@ -254,8 +258,13 @@ def find_class_map(name: str, folder: str = '') -> str:
     raise ValueError(f'class_map must be a file of class names or one of {ours}, got {name!r}.')
 
 
-def _decode(open_image: Callable[[], Image.Image], name: str) -> Image.Image:
+def _load(file: IO[bytes]) -> Image.Image:
+    with file:
+        return Image.open(file).convert('RGB')
+
+
+def _decode(load: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
-        return open_image().convert('RGB')
+        return load()
     except Exception as error:  # decoders raise errors of many kinds
         raise UnreadablePicture(f'{name} cannot be read: {str(error).rstrip(".")}.') from None

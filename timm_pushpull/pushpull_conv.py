@@ -179,12 +179,12 @@ class PushPullConv2d(nn.Conv2d):
         if not isinstance(trainable_alpha, bool):
             raise ValueError(f'trainable_alpha must be True or False, got {trainable_alpha!r}.')
         self.trainable_alpha = trainable_alpha
-        self._initial_alpha = _check_initial_alpha(alpha, trainable_alpha, out_channels)
+        self.initial_alpha = _check_initial_alpha(alpha, trainable_alpha, out_channels)
         if trainable_alpha:
             self.alpha = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
             self.reset_alpha()
         else:
-            self.alpha = self._initial_alpha  # type: ignore[assignment]
+            self.alpha = self.initial_alpha  # type: ignore[assignment]
 
         # TorchScript has no type for a padding that is either numbers or a word, so a word is padded beforehand.
         self._pads_input = padding_mode != 'zeros' or isinstance(self.padding, str)
@@ -237,10 +237,10 @@ class PushPullConv2d(nn.Conv2d):
     def reset_alpha(self) -> None:
         """Give a trainable alpha its initial value, or draw it afresh where none was given."""
         with torch.no_grad():
-            if self._initial_alpha is None:
+            if self.initial_alpha is None:
                 self.alpha.uniform_(0, 1)
             else:
-                self.alpha.copy_(torch.tensor(self._initial_alpha))
+                self.alpha.copy_(torch.tensor(self.initial_alpha))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from timm.data import ImageNetInfo
 from .drawing import COLORS, new_figure, to_png
 from .files import write_whole
 from .measures import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
-from .results import CLEAN, UNREAD, read_answers, read_baseline, read_csv, read_protocol, summarize
+from .results import CLEAN, UNREAD, differences, read_answers, read_baseline, read_csv, read_protocol, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,12 +32,14 @@ KINDS = {
     'held out': HELD_OUT_CORRUPTIONS,
 }
 MARKERS = 'osD^vPX'
+ZERO_LINE = 'R_net = 0'
 MEANS = {
     'E': 'top-1 error on clean pictures, %',
     'plain_mCE': 'plain mean of the top-1 errors over 15 corruptions, %: the mCE of the push-pull paper',
     'alexnet_normalized_mCE': "mean of each corruption's error over AlexNet's, %: the mCE of most other papers",
-    'relative_mCE': "mean of what each corruption adds to the error over what it adds to the baseline's, %",
-    'R_net': 'net reduction in error against the baseline, %: won on corrupted pictures, less what clean ones cost',
+    'relative_mCE': "mean of what each corruption adds to the error, divided by what it adds to the baseline's, %",
+    'R_net': 'net reduction in error: 100 ((mCE_b - mCE) + (E_b - E)) / (2 E_b), mCE being the plain one and b the '
+    "baseline; inferred from the push-pull paper's table",
 }
 STYLE = """
 :root { color-scheme: light; }
@@ -53,13 +56,14 @@ th:first-child, td:first-child { text-align: left; }
 td small { display: block; color: #555; white-space: nowrap; }
 figure { margin: 1.5rem 0; }
 figure img { width: 100%; max-width: 36rem; height: auto; }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .8rem; margin: 1rem 0; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem; margin: 1rem 0; }
 .strip div { font-size: .85rem; line-height: 1.3; }
 .strip img { width: 100%; height: auto; display: block; image-rendering: pixelated; margin-bottom: .2rem; }
 .right { color: #00664a; } .wrong { color: #a33c00; }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
 .protocol { font-size: .85rem; } .protocol td { text-align: left; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding-right: .45rem; } }
+@media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding-right: .45rem; }
+                            td small { white-space: normal; } }
 @media print { body { max-width: none; font-size: 10pt; } figure, .strip div { break-inside: avoid; }
                figure img { max-width: 11cm; } h2 { break-after: avoid; }
                .strip { grid-template-columns: repeat(6, 1fr); } }
@@ -67,7 +71,10 @@ dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
 
 
 def write_report(
-    folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], baseline: str | None = None
+    folders: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    baseline: str | None = None,
+    note: str = '',
 ) -> Path:
     """Write a page on the models of results folders, and the PNG files that it holds.
 
@@ -78,6 +85,7 @@ def write_report(
         folders: Results folders.
         output: Folder of the page, made if it does not exist.
         baseline: Model that relative mCE and R_net are measured against; by default that of the summaries.
+        note: A sentence for the top of the page.
 
     Returns:
         The page, ``report.html``; it needs no other file.
@@ -91,13 +99,25 @@ def write_report(
     names = [name for part in parts for name in part.answers]
     if baseline is not None and baseline not in names:
         raise ValueError(f'baseline must be one of the models {", ".join(names)}, got {baseline!r}.')
-    sections = []
-    for number, part in enumerate(parts, 1):
-        sections.append(_section(part, output, f'{number}-' if len(parts) > 1 else '', baseline))
+    sections = [f'<p>{html.escape(note)}</p>' if note else '']
+    if len(parts) == 1:
+        sections.append(_section(parts[0], output, '', baseline))
+    else:
+        fields = dict.fromkeys(
+            field for part in parts for field, *_ in differences(parts[0].protocol, part.protocol, but='models')
+        )
+        sections.append(
+            f'<p>The folders were measured in {len(parts)} ways, which differ in {html.escape(", ".join(fields))}: do '
+            'not compare the numbers of one part with those of another.</p>'
+        )
+        for number, part in enumerate(parts, 1):
+            title = ', '.join(folder.name for folder in part.folders)
+            sections.append(f'<hr><h1>Part {number}: {html.escape(title)}</h1>')
+            sections.append(_section(part, output, f'{number}-', baseline))
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Robustness to corruptions</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
-        f'<body>\n<h1>Robustness to corruptions</h1>\n{"<hr>".join(sections)}</body></html>\n'
+        f'<body>\n<h1>Robustness to corruptions</h1>\n{"".join(sections)}</body></html>\n'
     )
     write_whole(output / 'report.html', page.encode())
     return output / 'report.html'
@@ -108,10 +128,12 @@ class _Part:
 
     def __init__(self, folder: Path, protocol: dict[str, Any]) -> None:
         self.folder, self.protocol = folder, {**protocol, 'models': {}}
+        self.folders: list[Path] = []
         self.answers: dict[str, dict[tuple[str, int], np.ndarray]] = {}
         self.baseline: str | None = None
 
     def add(self, folder: Path, protocol: Mapping[str, Any]) -> None:
+        self.folders.append(folder)
         for name, passes in read_answers(folder).items():
             if passes:
                 details = protocol['models'][name]
@@ -145,8 +167,8 @@ def _section(part: _Part, output: Path, prefix: str, baseline: str | None) -> st
         'mce_against_clean_error': 'Plain mCE against the clean error, with 95% intervals; lower and further left is '
         'better. '
         + (
-            f'On the line, what is won on corrupted pictures against {html.escape(baseline)} is lost on clean ones '
-            '(R_net = 0); below it the gain is larger.'
+            f'On the line, the gain on corrupted pictures against {html.escape(baseline)} equals the loss on clean '
+            'ones (R_net = 0); below it the gain is larger.'
             if any(row['R_net'] != '' for row in rows)
             else 'With a baseline it would have the line on which gain and loss are equal.'
         ),
@@ -167,9 +189,9 @@ def _section(part: _Part, output: Path, prefix: str, baseline: str | None) -> st
             '<h2>Where the errors are</h2>',
             *figures,
             _corruption_table(rows),
-            '<h2>What the models saw and answered</h2>',
-            *_strips(part),
+            *(['<h2>What the models saw and answered</h2>', *strips] if (strips := _strips(part)) else []),
             '<h2>How it was measured</h2>',
+            '<p>All of it, with whole hashes, is in protocol.json.</p>',
             _protocol_table(part.protocol),
         ]
     )
@@ -195,10 +217,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = ''.join(f'<td>{_with_interval(row, mean)}</td>' for mean in means)
         lines.append(f'<tr><td>{html.escape(row["model"])}</td>{cells}</tr>')
     words = ''.join(f'<dt>{mean.replace("_", " ")}</dt><dd>{html.escape(MEANS[mean])}</dd>' for mean in means)
-    severities = {row['severities'] for row in rows if row['severities']}
-    notes = [f'Means over severities {", ".join(sorted(severities))}.'] if severities else []
-    if not all(row['severities'] for row in rows):
-        notes.append('Means over corruptions are left out where not all 15 were measured.')
+    notes = [f'Means over severities {severities}.'] if (severities := rows[0]['severities']) else []
+    if any(row['plain_mCE'] == '' for row in rows):
+        notes.append('Means over corruptions are left out where not all 15 were measured at all these severities.')
+    ways = {f'{row["img_size"]} pixels, crop {row["crop_pct"]}, {row["interpolation"]}' for row in rows}
+    if len(ways) > 1:
+        notes.append(f'<b>The models do not see the same: {html.escape("; ".join(sorted(ways)))}.</b>')
     if baseline := next((row['baseline'] for row in rows if row['baseline']), ''):
         notes.append(f'Baseline: {html.escape(baseline)}.')
     if unreadable := sum(row['unreadable'] for row in rows):
@@ -229,7 +253,8 @@ def _corruption_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for name in _measured(rows):
         cells = ''.join(f'<td>{_with_interval(row, f"CE_{name}")}</td>' for row in rows)
         lines.append(f'<tr><td>{_words(name)}</td>{cells}</tr>')
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    note = f'Means over severities {rows[0]["severities"]}; – where a model was not shown all of them.' if rows else ''
+    return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
 
 
 def _img(png: bytes, words: str) -> str:
@@ -242,6 +267,8 @@ def _look(place: int) -> dict[str, Any]:
 
 def _legend(figure: 'Figure', axes: 'Axes') -> None:
     handles, labels = axes.get_legend_handles_labels()
+    if labels[0] == ZERO_LINE:  # lines come before points
+        handles, labels = handles[1:] + handles[:1], labels[1:] + labels[:1]
     figure.legend(handles, labels, loc='outside upper left', ncols=min(2, len(labels)), fontsize=9, frameon=False)
 
 
@@ -288,12 +315,10 @@ def _error_by_severity(answers: Mapping[str, Mapping[tuple[str, int], np.ndarray
             panel.plot(severities, errors, lw=1.5, label=model, **_look(place))
         panel.set_title(kind, fontsize=9)
         panel.grid(color='#ddd', lw=0.6)
-        panel.tick_params(labelsize=9)
+        panel.tick_params(labelsize=9, labelbottom=True)
         panel.set_xticks(range(6))
     if len(kinds) % 2:
         panels[-1, 1].remove()
-        if lines > 1:
-            panels[-2, 1].tick_params(labelbottom=True)
     figure.supxlabel('severity', fontsize=9)
     figure.supylabel('top-1 error, %', fontsize=9)
     _legend(figure, panels[0, 0])
@@ -330,7 +355,7 @@ def _mce_against_clean_error(rows: Sequence[Mapping[str, Any]]) -> 'Figure | Non
         # R_net = 0: what mCE wins, E loses.
         point = (of_baseline['E'], of_baseline['plain_mCE'])
         limits = axes.get_xlim(), axes.get_ylim()
-        axes.axline(point, slope=-1, color='#777', lw=1, ls='--', label='R_net = 0')
+        axes.axline(point, slope=-1, color='#777', lw=1, ls='--', label=ZERO_LINE)
         axes.set(xlim=limits[0], ylim=limits[1])
     axes.set_xlabel('E: top-1 error on clean pictures, %', fontsize=9)
     axes.set_ylabel('plain mCE, %', fontsize=9)
@@ -414,14 +439,27 @@ def _examples(part: _Part) -> 'Figure | None':
 
 
 def _protocol_table(protocol: Mapping[str, Any]) -> str:
-    def flat(value: Any, field: str = '') -> Iterable[tuple[str, Any]]:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                yield from flat(inner, f'{field} {key}' if field else key)
-        else:
-            yield field, value
+    """What holds for all models, then a column for each."""
+    general = _flat({key: value for key, value in protocol.items() if key != 'models'})
+    models = {name: _flat(details) for name, details in protocol['models'].items()}
+    fields = dict.fromkeys(field for details in models.values() for field in details)
+    lines = [[field, value] for field, value in general.items()]
+    columns = [['', *models], *([field, *(details.get(field, '–') for details in models.values())] for field in fields)]
+    return f'<div class="protocol">{_plain_table(lines)}<p></p><div class="wide">{_plain_table(columns)}</div></div>'
 
-    lines = ''.join(
-        f'<tr><td>{html.escape(field)}</td><td>{html.escape(str(value))}</td></tr>' for field, value in flat(protocol)
-    )
-    return f'<div class="protocol"><table>{lines}</table></div>'
+
+def _flat(value: Any, field: str = '') -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {field: value}
+    return {name: leaf for key in value for name, leaf in _flat(value[key], f'{field} {key}'.strip()).items()}
+
+
+def _plain_table(lines: Iterable[Sequence[Any]]) -> str:
+    rows = (''.join(f'<td>{html.escape(_short(cell))}</td>' for cell in line) for line in lines)
+    return f'<table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'
+
+
+def _short(cell: Any) -> str:
+    """A hash by its first digits: the whole is in protocol.json."""
+    text = str(cell)
+    return text[:12] if re.fullmatch('[0-9a-f]{64}', text) else text

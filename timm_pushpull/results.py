@@ -17,7 +17,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ __all__ = [
     'TOP',
     'UNREAD',
     'answers_path',
+    'differences',
     'join_protocol',
     'read_answers',
     'read_baseline',
@@ -96,7 +97,7 @@ def join_protocol(folder: str | os.PathLike[str], protocol: dict[str, Any], base
         joined = {**finished['models'], **protocol['models']}
         # What the folder holds is compared; models that are new to it are not.
         ours = {**protocol, 'models': {name: joined[name] for name in finished['models']}}
-        for field, there, here in _differences(finished, ours):
+        for field, there, here in differences(finished, ours):
             raise ValueError(
                 f'{folder} holds results of another protocol: {field} is {there} there and {here} here. '
                 'Name another folder.'
@@ -111,10 +112,22 @@ def _check_baseline(baseline: str | None, protocol: Mapping[str, Any]) -> None:
         raise ValueError(f'baseline must be one of the models {", ".join(protocol["models"])}, got {baseline!r}.')
 
 
-def _differences(there: Any, here: Any, field: str = '') -> Iterable[tuple[str, Any, Any]]:
+def differences(there: Any, here: Any, field: str = '', but: str = '') -> Iterable[tuple[str, Any, Any]]:
+    """Compare two protocols.
+
+    Args:
+        there: One of them, or a part of it.
+        here: The other.
+        field: Name of the part.
+        but: Field that is left aside.
+
+    Yields:
+        Name of a field that differs, and its two values.
+    """
     if isinstance(there, dict) and isinstance(here, dict):
         for key in [*there, *(key for key in here if key not in there)]:
-            yield from _differences(there.get(key), here.get(key), f'{field}.{key}' if field else key)
+            if key != but:
+                yield from differences(there.get(key), here.get(key), f'{field}.{key}' if field else key)
     elif there != here:
         yield field, there, here
 
@@ -239,7 +252,8 @@ def summarize(
     """Derive the measures of each model from its answers.
 
     The intervals hold the middle 95% of what 1,000 resamples of the pictures give, the same resamples for each model.
-    A picture that could not be read counts neither as an error nor as a picture.
+    A picture that could not be read counts neither as an error nor as a picture. CE is the mean over the severities
+    that the answers hold; a corruption that a model was not shown at all of them, as after an interruption, has none.
 
     Args:
         protocol: How the answers were made (:func:`read_protocol`).
@@ -257,6 +271,7 @@ def summarize(
     _check_baseline(baseline, protocol)
     answers = {name: passes for name, passes in answers.items() if passes}
     rates = _error_rates(answers, protocol['data']['images'])
+    severities = sorted({severity for passes in answers.values() for _, severity in passes if severity})
     rows = []
     for name, passes in answers.items():
         details = protocol['models'][name]
@@ -264,19 +279,24 @@ def summarize(
         row.update(_accuracy(passes.get((CLEAN, 0))))
         row.update({key: details[key] for key in ('param_count', 'crop_pct', 'interpolation')})
         row['unreadable'] = sum(int((places['place'] == UNREAD).sum()) for places in passes.values())
-        row['severities'] = ' '.join(str(severity) for severity in rates[name].test_severities())
+        row['severities'] = ' '.join(map(str, severities))
         row['baseline'] = baseline or ''
         with np.errstate(divide='ignore', invalid='ignore'):
-            measures = _measures(rates[name], rates.get(baseline or ''), protocol['data']['imagenet_1k'])
+            measures = _measures(rates[name], rates.get(baseline or ''), severities, protocol['data']['imagenet_1k'])
         for measure, values in measures.items():
-            numbers = [None] * 3 if values is None else [values[0], *np.percentile(values[1:], (2.5, 97.5))]
+            numbers = [None] * 3 if values is None else [values[0], *_interval(values[1:])]
             row.update(zip((measure, f'{measure}_low', f'{measure}_high'), map(_rounded, numbers), strict=True))
         rows.append(row)
     return rows
 
 
+def _interval(resampled: np.ndarray) -> np.ndarray:
+    # A ratio to a baseline without errors is infinite; such a resample counts as the worst.
+    return np.percentile(np.nan_to_num(resampled, nan=np.inf, posinf=np.inf), (2.5, 97.5), method='nearest')
+
+
 def _rounded(number: float | None) -> float | str:
-    """To a thousandth; '' where there is no number, as where a corruption adds nothing to the baseline's error."""
+    """To a thousandth; '' where there is no finite number."""
     return '' if number is None or not np.isfinite(number) else round(float(number), 3)
 
 
@@ -286,13 +306,13 @@ class _Rates(NamedTuple):
     clean: Any
     by_corruption: dict[str, dict[int, Any]]
 
-    def corruption_errors(self) -> dict[str, Any]:
-        return {name: corruption_error(errors) for name, errors in self.by_corruption.items()}
-
-    def test_severities(self) -> tuple[int, ...]:
-        """The severities at which all 15 test corruptions were measured, if these are the same for each."""
-        sets = {tuple(sorted(self.by_corruption.get(name, ()))) for name in TEST_CORRUPTIONS}
-        return sets.pop() if len(sets) == 1 else ()
+    def corruption_errors(self, severities: Collection[int]) -> dict[str, Any]:
+        """CE of the corruptions that were measured at all of these severities."""
+        return {
+            name: corruption_error(errors)
+            for name, errors in self.by_corruption.items()
+            if errors.keys() == set(severities)
+        }
 
 
 def _error_rates(answers: Mapping[str, Mapping[tuple[str, int], np.ndarray]], images: int) -> dict[str, _Rates]:
@@ -328,18 +348,19 @@ def _accuracy(clean: np.ndarray | None) -> dict[str, Any]:
     return dict(zip(columns, map(_rounded, (top1, 100 - top1, top5, 100 - top5)), strict=True))
 
 
-def _measures(rates: _Rates, baseline: _Rates | None, imagenet: bool) -> dict[str, Any]:
-    errors, severities = rates.corruption_errors(), rates.test_severities()
+def _measures(rates: _Rates, baseline: _Rates | None, severities: Sequence[int], imagenet: bool) -> dict[str, Any]:
+    errors = rates.corruption_errors(severities)
+    tested = errors.keys() >= set(TEST_CORRUPTIONS)
     measures: dict[str, Any] = {'E': None if rates.clean is None else 100 * rates.clean}
     measures.update({f'CE_{name}': 100 * errors[name] for name in sorted(errors, key=_place_in_table)})
-    measures['plain_mCE'] = 100 * plain_mce(errors) if severities else None
+    measures['plain_mCE'] = 100 * plain_mce(errors) if tested else None
     # AlexNet's errors are means over the five severities.
-    normalize = imagenet and severities == SEVERITIES
+    normalize = tested and imagenet and tuple(severities) == SEVERITIES
     measures['alexnet_normalized_mCE'] = 100 * normalized_mce(errors) if normalize else None
     measures['relative_mCE'] = measures['R_net'] = None
-    if baseline is not None and severities and severities == baseline.test_severities():
-        of_baseline = baseline.corruption_errors()
-        if rates.clean is not None and baseline.clean is not None:
+    if tested and baseline is not None and rates.clean is not None and baseline.clean is not None:
+        of_baseline = baseline.corruption_errors(severities)
+        if of_baseline.keys() >= set(TEST_CORRUPTIONS):
             measures['relative_mCE'] = 100 * relative_mce(rates.clean, errors, baseline.clean, of_baseline)
             measures['R_net'] = net_error_reduction(
                 rates.clean, plain_mce(errors), baseline.clean, plain_mce(of_baseline)

@@ -210,9 +210,11 @@ class _Views(Dataset):
     def __getitem__(self, view: _View) -> tuple[list[torch.Tensor], int]:
         try:
             images = self._images(view)
-        except UnreadablePicture:
+        except UnreadablePicture as error:
             if not self.skip_unreadable:
-                raise
+                raise UnreadablePicture(
+                    f'{error} Such pictures can be left out and counted (skip_unreadable).'
+                ) from None
             return [torch.zeros(size, dtype=torch.uint8) for size in self._sizes], -1
         target = self.pictures.targets[view.place]
         return [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images], target
@@ -406,6 +408,8 @@ def _protocol(
         'models': {
             name: {
                 'architecture': (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'),
+                # What timm keeps of create_model's arguments, since 1.0.31.
+                'model_args': {key: str(value) for key, value in getattr(model, '_model_args', {}).items()},
                 **configs[name],
                 'param_count': round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
                 'weights_sha256': _hash_weights(model),
