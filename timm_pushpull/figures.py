@@ -230,7 +230,7 @@ def _kernels(weight: Tensor) -> _Drawn:
     kernels = {'push': weight, 'pull': pull_kernels(weight)}
     channels = (weight.amax((2, 3)) - weight.amin((2, 3))).argmax(1).tolist()
 
-    figure = new_figure(2.9)
+    figure = new_figure(3.1)
     axes = figure.subplots(2, KERNELS, squeeze=False)
     for column in range(KERNELS):
         for axis, (name, values) in zip(axes[:, column], kernels.items(), strict=True):
@@ -244,7 +244,7 @@ def _kernels(weight: Tensor) -> _Drawn:
             if column == 0:
                 axis.set_ylabel(name)
             if name == 'push':
-                axis.set_title(f'{number}, channel {channels[number]}')
+                axis.set_title(f'filter {number}\nchannel {channels[number]}')
             else:
                 axis.set_xlabel(f'min {low:#.2g}\nmax {high:#.2g}')
     figure.suptitle("Filters; black: the filter's min, white: its max")
