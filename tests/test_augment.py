@@ -134,7 +134,7 @@ def test_export_knows_nothing_of_it():
     for settings in ({'augment': 'prime'}, {}):
         torch.manual_seed(0)
         model = timm.create_model('pp_resnet18_cifar', **settings).eval()
-        graphs.append([node.target for node in torch.export.export(model, (x,)).graph.nodes])
+        graphs.append([node.target for node in torch.export.export(model, (x,), strict=False).graph.nodes])
     assert graphs[0] == graphs[1]
 
 

@@ -82,7 +82,9 @@ class PushPullResNet(ResNet):
     @property
     def _model_args(self) -> dict[str, Any]:
         """What timm writes to config.json to build the model anew: how it was trained is not among it."""
-        return self.__dict__.get('_model_args_to_keep', {})
+        if '_model_args_to_keep' not in self.__dict__:
+            raise AttributeError('_model_args')  # as before timm 1.0.31, which never sets them
+        return self.__dict__['_model_args_to_keep']
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
