@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .bench_robustness import Ratio, _ratio
+from .bench import Ratio, seconds
 from .prime import MAX_DEPTH, PRIME, WIDTH, temperature_range
 
 __all__ = ['Memory', 'bench_prime']
@@ -66,18 +65,10 @@ def bench_prime(
     peak, plain_peak = (_peak_bytes(way, images.device) for way in ways)  # the first calls: they warm up as well
     times: list[list[float]] = [[], []]
     for _ in tqdm(range(rounds), desc='bench'):
-        for seconds, way in zip(times, ways, strict=True):
-            seconds.append(_seconds(way, images.device))
+        for of_way, way in zip(times, ways, strict=True):
+            of_way.append(seconds(way, images.device))
     name = f'PRIME, {preset}, {batch_size} x {img_size} x {img_size} on {device}: timm-pushpull over all families'
-    return _ratio(f'{name}, time', *times), Memory(f'{name}, memory', peak, plain_peak, peak / plain_peak)
-
-
-def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return Ratio.of(f'{name}, time', *times), Memory(f'{name}, memory', peak, plain_peak, peak / plain_peak)
 
 
 def _peak_bytes(work: Callable[[], Tensor], device: torch.device) -> int:

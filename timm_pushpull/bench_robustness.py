@@ -1,10 +1,9 @@
 """Benchmark of the evaluation: ratios of times measured in one run, alternately, in one process."""
 
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,31 +14,15 @@ from timm.models import create_model
 from timm.utils import accuracy
 from tqdm import tqdm
 
+from .bench import Ratio, seconds
 from .pictures import open_stored
 from .robustness import evaluate_robustness
 
-__all__ = ['Ratio', 'bench_robustness']
+__all__ = ['bench_robustness']
 
 CLASSES = 10
 SMALL = 'test_resnet'
 SLOW_CORRUPTIONS = ('glass_blur', 'zoom_blur', 'frost', 'elastic_transform')
-
-
-class Ratio(NamedTuple):
-    """Times of two ways to do the same, in seconds, and their ratio: the median and the range of the rounds."""
-
-    name: str
-    seconds: float
-    reference_seconds: float
-    median: float
-    low: float
-    high: float
-
-    def in_words(self) -> str:
-        return (
-            f'{self.name}: {self.median:.2f} (from {self.low:.2f} to {self.high:.2f}; '
-            f'medians {self.seconds:.2f} s over {self.reference_seconds:.2f} s)'
-        )
 
 
 def bench_robustness(
@@ -108,12 +91,12 @@ def bench_robustness(
                 'one': lambda: evaluate_generated('one'),
                 'other': lambda: evaluate_generated('other'),
             }.items():
-                times.setdefault(key, []).append(_seconds(work))
+                times.setdefault(key, []).append(seconds(work, device))
                 progress.update()
     apart = [one + other for one, other in zip(times['one'], times['other'], strict=True)]
     return [
-        _ratio(f'stored pictures, {model}: timm-pushpull over validate.py', times['stored'], times['validate']),
-        _ratio(f'generated corruptions, 2 x {SMALL}: one run over two runs', times['both'], apart),
+        Ratio.of(f'stored pictures, {model}: timm-pushpull over validate.py', times['stored'], times['validate']),
+        Ratio.of(f'generated corruptions, 2 x {SMALL}: one run over two runs', times['both'], apart),
     ]
 
 
@@ -151,21 +134,3 @@ def _validate(
         output = model(images)
         nn.functional.cross_entropy(output, targets).item()
         [value.item() for value in accuracy(output, targets, topk=(1, 5))]
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _ratio(name: str, seconds: list[float], reference: list[float]) -> Ratio:
-    ratios = np.divide(seconds, reference)
-    return Ratio(
-        name,
-        float(np.median(seconds)),
-        float(np.median(reference)),
-        float(np.median(ratios)),
-        float(ratios.min()),
-        float(ratios.max()),
-    )

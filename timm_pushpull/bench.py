@@ -1,0 +1,66 @@
+"""Times as ratios: two ways to do the same, measured alternately in one process."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+__all__ = ['Ratio', 'seconds']
+
+
+class Ratio(NamedTuple):
+    """Times of two ways to do the same, in seconds, and their ratio: the median and the range of the rounds."""
+
+    name: str
+    seconds: float
+    reference_seconds: float
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, name: str, times: Sequence[float], reference_times: Sequence[float]) -> 'Ratio':
+        """Compare the times of the rounds, each with that of the reference in the same round.
+
+        Args:
+            name: What is compared.
+            times: In seconds, one a round.
+            reference_times: The same of the reference.
+
+        Returns:
+            Medians and range.
+        """
+        ratios = np.divide(times, reference_times)
+        return cls(
+            name,
+            seconds=float(np.median(times)),
+            reference_seconds=float(np.median(reference_times)),
+            median=float(np.median(ratios)),
+            low=float(ratios.min()),
+            high=float(ratios.max()),
+        )
+
+    def in_words(self) -> str:
+        return (
+            f'{self.name}: {self.median:.2f} (from {self.low:.2f} to {self.high:.2f}; '
+            f'medians {self.seconds:.2f} s over {self.reference_seconds:.2f} s)'
+        )
+
+
+def seconds(work: Callable[[], Any], device: str | torch.device) -> float:
+    """Time one call, until the device has done what it was given.
+
+    Args:
+        work: What is timed.
+        device: Where it runs.
+
+    Returns:
+        Seconds.
+    """
+    start = time.perf_counter()
+    work()
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
