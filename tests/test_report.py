@@ -112,6 +112,12 @@ def test_unfinished_results_have_a_page_too(tmp_path):
     assert page.row('fog') and not page.row('frost')
 
 
+def test_results_without_an_answer_are_refused(tmp_path):
+    write_results(tmp_path / 'some', {'a': {}}, images=10, classes=2)
+    with pytest.raises(ValueError, match='some holds no results yet'):
+        write_report([tmp_path / 'some'], tmp_path / 'page')
+
+
 def test_command(tmp_path, capsys):
     folder = write_finished(tmp_path / 'results')
     assert main(['report', str(folder), '--baseline', 'pp']) == 0

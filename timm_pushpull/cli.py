@@ -174,6 +174,7 @@ def _robustness(args: argparse.Namespace) -> None:
 
     from .measures import TEST_CORRUPTIONS
     from .pictures import find_class_map, open_stored
+    from .results import other_views
     from .robustness import evaluate_robustness
 
     if not args.data_dir and not args.dataset and not args.stored:
@@ -219,9 +220,8 @@ def _robustness(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
     if rows:
         _print_summary(rows)
-        ways = {f'{row["img_size"]} pixels, crop {row["crop_pct"]}, {row["interpolation"]}' for row in rows}
-        if len(ways) > 1:
-            print(f'The models do not see the same: {"; ".join(sorted(ways))}.')
+        if views := other_views(rows):
+            print(views)
             print('To compare them alike: --input-size, --crop-pct, --interpolation.')
         print(f'95% intervals, and how it was measured: summary.csv and protocol.json in {args.output}.')
         print(f'As a page: timm-pushpull report {args.output}')

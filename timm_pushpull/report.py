@@ -1,6 +1,7 @@
 """A page, and its pictures, from results folders of :mod:`timm_pushpull.robustness`."""
 
 import base64
+import functools
 import html
 import json
 import os
@@ -16,7 +17,19 @@ from timm.data import ImageNetInfo
 from .drawing import COLORS, new_figure, to_png
 from .files import write_whole
 from .measures import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
-from .results import CLEAN, UNREAD, differences, read_answers, read_baseline, read_csv, read_protocol, summarize
+from .results import (
+    CLEAN,
+    UNREAD,
+    check_baseline,
+    differences,
+    other_views,
+    places_read,
+    read_answers,
+    read_baseline,
+    read_csv,
+    read_protocol,
+    summarize,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,15 +110,12 @@ def write_report(
     output = Path(output)
     parts = _by_protocol(folders)
     names = [name for part in parts for name in part.answers]
-    if baseline is not None and baseline not in names:
-        raise ValueError(f'baseline must be one of the models {", ".join(names)}, got {baseline!r}.')
+    check_baseline(baseline, names)
     sections = [f'<p>{html.escape(note)}</p>' if note else '']
     if len(parts) == 1:
         sections.append(_section(parts[0], output, '', baseline))
     else:
-        fields = dict.fromkeys(
-            field for part in parts for field, *_ in differences(parts[0].protocol, part.protocol, but='models')
-        )
+        fields = dict.fromkeys(field for part in parts for field, *_ in differences(parts[0].shared, part.shared))
         sections.append(
             f'<p>The folders were measured in {len(parts)} ways, which differ in {html.escape(", ".join(fields))}: do '
             'not compare the numbers of one part with those of another.</p>'
@@ -128,26 +138,57 @@ class _Part:
 
     def __init__(self, folder: Path, protocol: dict[str, Any]) -> None:
         self.folder, self.protocol = folder, {**protocol, 'models': {}}
+        self.shared = _shared(protocol)
         self.folders: list[Path] = []
         self.answers: dict[str, dict[tuple[str, int], np.ndarray]] = {}
         self.baseline: str | None = None
 
     def add(self, folder: Path, protocol: Mapping[str, Any]) -> None:
         self.folders.append(folder)
-        for name, passes in read_answers(folder).items():
-            if passes:
-                details = protocol['models'][name]
-                label = name if self.protocol['models'].get(name, details) == details else f'{name} ({folder.name})'
-                self.protocol['models'][label] = details
-                self.answers[label] = {**self.answers.get(label, {}), **passes}
+        answers = {name: passes for name, passes in read_answers(folder).items() if passes}
+        if not answers:
+            raise ValueError(f'{folder} holds no results yet: run the command again that began them.')
+        for name, passes in answers.items():
+            details = protocol['models'][name]
+            label = name if self.protocol['models'].get(name, details) == details else f'{name} ({folder.name})'
+            self.protocol['models'][label] = details
+            self.answers[label] = {**self.answers.get(label, {}), **passes}
         self.baseline = self.baseline or read_baseline(folder)
+
+    @functools.cached_property
+    def pictures(self) -> list[dict[str, str]]:
+        return read_csv(self.folder / 'pictures.csv')
+
+    @functools.cached_property
+    def classes(self) -> list[str]:
+        """Names of the classes, in words where they are ImageNet's."""
+        names = [row['name'] for row in read_csv(self.folder / 'classes.csv')]
+        imagenet = ImageNetInfo()
+        if not set(names) <= set(imagenet.label_names()):
+            return names
+        return [imagenet.label_name_to_description(name).split(',')[0] for name in names]
+
+    @functools.cached_property
+    def examples(self) -> dict[int, list[tuple[str, int, Path]]]:
+        """Corruption, severity and file of the pictures that were kept, by the place of the picture."""
+        names = [CLEAN, *(name for kind in KINDS.values() for name in kind)]
+        found: dict[int, list[tuple[str, int, Path]]] = {}
+        for path in self.folder.glob('examples/*.png'):
+            corruption, severity, place = path.stem.rsplit('-', 2)
+            found.setdefault(int(place), []).append((corruption, int(severity), path))
+        return {place: sorted(found[place], key=lambda example: names.index(example[0])) for place in sorted(found)}
+
+
+def _shared(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds for all models."""
+    return {key: value for key, value in protocol.items() if key != 'models'}
 
 
 def _by_protocol(folders: Sequence[str | os.PathLike[str]]) -> list[_Part]:
     parts: dict[str, _Part] = {}
     for folder in map(Path, folders):
         protocol = read_protocol(folder)
-        key = json.dumps({**protocol, 'models': None}, sort_keys=True)
+        key = json.dumps(_shared(protocol), sort_keys=True)
         parts.setdefault(key, _Part(folder, protocol)).add(folder, protocol)
     return list(parts.values())
 
@@ -220,9 +261,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     notes = [f'Means over severities {severities}.'] if (severities := rows[0]['severities']) else []
     if any(row['plain_mCE'] == '' for row in rows):
         notes.append('Means over corruptions are left out where not all 15 were measured at all these severities.')
-    ways = {f'{row["img_size"]} pixels, crop {row["crop_pct"]}, {row["interpolation"]}' for row in rows}
-    if len(ways) > 1:
-        notes.append(f'<b>The models do not see the same: {html.escape("; ".join(sorted(ways)))}.</b>')
+    if views := other_views(rows):
+        notes.append(f'<b>{html.escape(views)}</b>')
     if baseline := next((row['baseline'] for row in rows if row['baseline']), ''):
         notes.append(f'Baseline: {html.escape(baseline)}.')
     if unreadable := sum(row['unreadable'] for row in rows):
@@ -336,7 +376,7 @@ def _mean_errors(passes: Mapping[tuple[str, int], np.ndarray], names: Iterable[s
 
 
 def _error(answers: np.ndarray) -> float:
-    read = answers['place'][answers['place'] != UNREAD]
+    read = places_read(answers)
     return 100 * float(np.mean(read != 0)) if len(read) else float('nan')
 
 
@@ -366,29 +406,11 @@ def _mce_against_clean_error(rows: Sequence[Mapping[str, Any]]) -> 'Figure | Non
     return figure
 
 
-def _example_files(part: _Part) -> dict[int, list[tuple[str, int, Path]]]:
-    """Corruption, severity and file of the pictures that were kept, by the place of the picture."""
-    names = [CLEAN, *(name for kind in KINDS.values() for name in kind)]
-    found: dict[int, list[tuple[str, int, Path]]] = {}
-    for path in part.folder.glob('examples/*.png'):
-        corruption, severity, place = path.stem.rsplit('-', 2)
-        found.setdefault(int(place), []).append((corruption, int(severity), path))
-    return {place: sorted(found[place], key=lambda example: names.index(example[0])) for place in sorted(found)}
-
-
-def _class_names(folder: Path) -> list[str]:
-    names = [row['name'] for row in read_csv(folder / 'classes.csv')]
-    imagenet = ImageNetInfo()
-    if not set(names) <= set(imagenet.label_names()):
-        return names
-    return [imagenet.label_name_to_description(name).split(',')[0] for name in names]
-
-
 def _strips(part: _Part) -> list[str]:
-    classes, pictures = _class_names(part.folder), read_csv(part.folder / 'pictures.csv')
+    classes = part.classes
     strips = []
-    for place, examples in _example_files(part).items():
-        target = int(pictures[place]['class'])
+    for place, examples in part.examples.items():
+        target = int(part.pictures[place]['class'])
         tiles = []
         for corruption, severity, path in examples:
             lines = [f'<b>{_words(corruption)}{f" {severity}" if severity else ""}</b>']
@@ -398,7 +420,7 @@ def _strips(part: _Part) -> list[str]:
                 models = f'{html.escape(model)}: ' if len(part.answers) > 1 else ''
                 lines.append(f'{models}<span class="{"right" if right else "wrong"}">{html.escape(words)}</span>')
             tiles.append(f'<div>{_img(path.read_bytes(), corruption)}{"<br>".join(lines)}</div>')
-        title = f'{classes[target] or f"class {target}"}: {pictures[place]["picture"]}'
+        title = f'{classes[target] or f"class {target}"}: {part.pictures[place]["picture"]}'
         strips.append(f'<p>{html.escape(title)}</p><div class="strip">{"".join(tiles)}</div>')
     return strips
 
@@ -413,12 +435,10 @@ def _answers_to(part: _Part, corruption: str, severity: int, place: int) -> list
 
 def _examples(part: _Part) -> 'Figure | None':
     """The first of the pictures that were kept, with each model's answer."""
-    files = _example_files(part)
-    if not files:
+    if not part.examples:
         return None
-    place, examples = next(iter(files.items()))
-    classes = _class_names(part.folder)
-    target = int(read_csv(part.folder / 'pictures.csv')[place]['class'])
+    place, examples = next(iter(part.examples.items()))
+    classes, target = part.classes, int(part.pictures[place]['class'])
     lines = (len(examples) + 3) // 4
     figure = new_figure((1.35 + 0.14 * len(part.answers)) * lines + 0.3)
     panels = figure.subplots(lines, 4, squeeze=False)
@@ -440,7 +460,7 @@ def _examples(part: _Part) -> 'Figure | None':
 
 def _protocol_table(protocol: Mapping[str, Any]) -> str:
     """What holds for all models, then a column for each."""
-    general = _flat({key: value for key, value in protocol.items() if key != 'models'})
+    general = _flat(_shared(protocol))
     models = {name: _flat(details) for name, details in protocol['models'].items()}
     fields = dict.fromkeys(field for details in models.values() for field in details)
     lines = [[field, value] for field, value in general.items()]

@@ -40,8 +40,11 @@ __all__ = [
     'TOP',
     'UNREAD',
     'answers_path',
+    'check_baseline',
     'differences',
     'join_protocol',
+    'other_views',
+    'places_read',
     'read_answers',
     'read_baseline',
     'read_csv',
@@ -103,31 +106,38 @@ def join_protocol(folder: str | os.PathLike[str], protocol: dict[str, Any], base
                 'Name another folder.'
             )
         protocol['models'] = joined
-    _check_baseline(baseline, protocol)
+    check_baseline(baseline, protocol['models'])
     write_whole(path, (json.dumps(protocol, indent=2) + '\n').encode())
 
 
-def _check_baseline(baseline: str | None, protocol: Mapping[str, Any]) -> None:
-    if baseline is not None and baseline not in protocol['models']:
-        raise ValueError(f'baseline must be one of the models {", ".join(protocol["models"])}, got {baseline!r}.')
+def check_baseline(baseline: str | None, models: Collection[str]) -> None:
+    """Refuse a baseline that was not measured.
+
+    Args:
+        baseline: Name of a model, or None.
+        models: Names of those that were.
+
+    Raises:
+        ValueError: If it is not among them.
+    """
+    if baseline is not None and baseline not in models:
+        raise ValueError(f'baseline must be one of the models {", ".join(models)}, got {baseline!r}.')
 
 
-def differences(there: Any, here: Any, field: str = '', but: str = '') -> Iterable[tuple[str, Any, Any]]:
+def differences(there: Any, here: Any, field: str = '') -> Iterable[tuple[str, Any, Any]]:
     """Compare two protocols.
 
     Args:
         there: One of them, or a part of it.
         here: The other.
         field: Name of the part.
-        but: Field that is left aside.
 
     Yields:
         Name of a field that differs, and its two values.
     """
     if isinstance(there, dict) and isinstance(here, dict):
         for key in [*there, *(key for key in here if key not in there)]:
-            if key != but:
-                yield from differences(there.get(key), here.get(key), f'{field}.{key}' if field else key)
+            yield from differences(there.get(key), here.get(key), f'{field}.{key}' if field else key)
     elif there != here:
         yield field, there, here
 
@@ -205,7 +215,7 @@ def write_errors(folder: str | os.PathLike[str]) -> None:
     rows = []
     for name, passes in sorted(read_answers(folder).items()):
         for (corruption, severity), answers in sorted(passes.items()):
-            read = answers['place'][answers['place'] != UNREAD]
+            read = places_read(answers)
             row = {'model': name, 'corruption': corruption, 'severity': severity, 'images': len(read)}
             rows.append({**row, 'errors': int((read != 0).sum()), 'unreadable': len(answers) - len(read)})
     _write_csv(Path(folder) / 'errors.csv', rows)
@@ -268,7 +278,7 @@ def summarize(
     Raises:
         ValueError: If the baseline is not among the models.
     """
-    _check_baseline(baseline, protocol)
+    check_baseline(baseline, protocol['models'])
     answers = {name: passes for name, passes in answers.items() if passes}
     rates = _error_rates(answers, protocol['data']['images'])
     severities = sorted({severity for passes in answers.values() for _, severity in passes if severity})
@@ -288,6 +298,31 @@ def summarize(
             row.update(zip((measure, f'{measure}_low', f'{measure}_high'), map(_rounded, numbers), strict=True))
         rows.append(row)
     return rows
+
+
+def other_views(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Tell in which ways the models were shown the pictures, where that is more than one.
+
+    Args:
+        rows: What :func:`summarize` returns.
+
+    Returns:
+        Sizes, crops and interpolations, or ''.
+    """
+    ways = {f'{row["img_size"]} pixels, crop {row["crop_pct"]}, {row["interpolation"]}' for row in rows}
+    return f'The models do not see the same: {"; ".join(sorted(ways))}.' if len(ways) > 1 else ''
+
+
+def places_read(answers: np.ndarray) -> np.ndarray:
+    """Leave out the pictures that could not be read.
+
+    Args:
+        answers: Array of type ``ANSWER``.
+
+    Returns:
+        Place of the right class, 0 to 5, of each picture that was read.
+    """
+    return answers['place'][answers['place'] != UNREAD]
 
 
 def _interval(resampled: np.ndarray) -> np.ndarray:
@@ -343,7 +378,7 @@ def _accuracy(clean: np.ndarray | None) -> dict[str, Any]:
     columns = ('top1', 'top1_err', 'top5', 'top5_err')
     if clean is None:
         return dict.fromkeys(columns, '')
-    read = clean['place'][clean['place'] != UNREAD]
+    read = places_read(clean)
     top1, top5 = 100 * np.mean(read == 0), 100 * np.mean(read < TOP)
     return dict(zip(columns, map(_rounded, (top1, 100 - top1, top5, 100 - top5)), strict=True))
 
