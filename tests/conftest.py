@@ -2,8 +2,24 @@ import os
 from pathlib import Path
 
 import pytest
+from hub_server import Hub
 
 REPOSITORY = Path(__file__).parent.parent
+
+# huggingface_hub reads its address when it is imported: no test may reach the real Hub.
+HUB = Hub()
+os.environ |= {'HF_ENDPOINT': HUB.url, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1'}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Hub:
+    """A Hub on loopback without repositories, whose client has an empty cache and no token."""
+    from huggingface_hub import constants
+
+    HUB.reset()
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    return HUB
 
 
 @pytest.fixture(scope='session')

@@ -16,9 +16,10 @@ PAPER = {
     'in200': (20, 64, 5e-3, 0.2, 5e-6),
     'c10': (30, 64, 5e-3, 0.2, 5e-6),
 }
-CLASSES = {'in1k': 1000, 'in100': 100, 'in200': 200, 'c10': 10}
+CLASSES = {'in1k': 1000, 'in100': 100, 'in200': 200, 'c10': 10, 'imagenette': 10}
+SMALL = 'pp_resnet18.pp3_r64_imagenette'
 RECIPES = list(list_recipes())
-FAITHFUL = [name for name in RECIPES if '_e100_' not in name]
+FAITHFUL = [name for name in RECIPES if '_e100_' not in name and name != SMALL]
 
 
 def test_every_family_is_there():
@@ -39,7 +40,7 @@ def test_every_family_is_there():
     }
     assert set(FAITHFUL) == expected
     ours = {f'pp_resnet50.{unit}_{augmentation}e100_in1k' for unit in units for augmentation in augmentations}
-    assert set(RECIPES) == expected | ours
+    assert set(RECIPES) == expected | ours | {SMALL}
     for name in ours:
         assert 'UNTESTED' in recipe_path(name).read_text()
 
@@ -47,7 +48,7 @@ def test_every_family_is_there():
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_recipe_is_what_its_name_says(name):
     architecture, tag = name.split('.')
-    unit, *augmentation, data = tag.replace('_e100', '').split('_')
+    unit, *augmentation, data = tag.replace('_e100', '').replace('_r64', '').split('_')
     recipe = read_recipe(name)
     assert (recipe['model'], recipe['experiment'], recipe['num_classes']) == (architecture, name, CLASSES[data])
     assert recipe['model_kwargs'].get('augment') == ('prime' if augmentation == ['prime'] else None)
@@ -56,7 +57,7 @@ def test_a_recipe_is_what_its_name_says(name):
         assert recipe['model_kwargs']['push_pull'] is False
     else:
         assert recipe['model_kwargs']['avg_pool_size'] == int(unit[-1])
-    size = timm.get_pretrained_cfg(architecture).input_size
+    size = (3, 64, 64) if name == SMALL else timm.get_pretrained_cfg(f'{architecture}.untrained').input_size
     assert tuple(recipe['input_size']) == size
     assert recipe.get('class_map', '').endswith(f'imagenet_{data[2:]}_synsets.txt') == (data in ('in100', 'in200'))
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .augment import augment_in_training
+from .hub import fetch_weights, hub_configs, read_hub_models
 from .prime import PRIME
 from .published import allow_paths_in_checkpoints, rename_published
 from .pushpull_conv import PushPullConv2d
@@ -166,6 +167,9 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     )
 
 
+HUB_MODELS = read_hub_models(hub_configs())
+SOURCES = {'file', 'hf_hub_id', 'state_dict', 'url'}
+
 default_cfgs = generate_default_cfgs(
     {
         'pp_resnet18.untrained': _cfg(),
@@ -176,13 +180,48 @@ default_cfgs = generate_default_cfgs(
         'pp_resnext50_32x4d.untrained': _cfg(),
         'pp_resnet18_cifar.untrained': _cifar_cfg(),
         'pp_resnet50_cifar.untrained': _cifar_cfg(),
+        **{name: model.pretrained_cfg for name, model in HUB_MODELS.items()},
     }
 )
 
 
 def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
-    return build_model_with_cfg(
-        PushPullResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+    cfg, overlay = kwargs.pop('pretrained_cfg', None), dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    if not cfg and not (pretrained and SOURCES.isdisjoint(key for key, value in overlay.items() if value)):
+        cfg = 'untrained'  # no tag, and not the default tag's weights: so not the classes and the size of its pictures
+    resolved = resolve_pretrained_cfg(variant, cfg, overlay)
+    published = None if resolved.source else HUB_MODELS.get(f'{variant}.{resolved.tag}')
+    if published is not None:
+        kwargs = {**published.model_args, **kwargs}
+    if pretrained:
+        sources = {source for source in SOURCES if getattr(resolved, source)}
+        if not sources:
+            raise RuntimeError(_no_weights(variant, resolved.tag))
+        if published is not None and published.sha256 and sources == {'hf_hub_id'}:
+            repo_id = published.pretrained_cfg['hf_hub_id']
+            if resolved.hf_hub_id == repo_id:
+                overlay['file'] = fetch_weights(repo_id, published.sha256, kwargs.get('cache_dir'))
+    model: Any = build_model_with_cfg(
+        PushPullResNet,
+        variant,
+        pretrained,
+        pretrained_cfg=cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **kwargs,
+    )
+    if resolved.file is None:
+        model.pretrained_cfg.pop('file', None)  # where the cache has it is no part of what the model is
+    return model
+
+
+def _no_weights(variant: str, tag: str | None) -> str:
+    name = f'{variant}.{tag}' if f'{variant}.{tag}' in HUB_MODELS else variant
+    how = f'timm-pushpull recipes {name}' if name in HUB_MODELS else 'timm-pushpull recipes'
+    published = [published for published, model in HUB_MODELS.items() if model.sha256]
+    return (
+        f'No pretrained weights exist for {name}: none are published yet. Train them ("{how}" tells how), use '
+        f'pretrained=False, or one that is published: {", ".join(published) or "none so far"}.'
     )
 
 

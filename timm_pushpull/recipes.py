@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from .hub import RECIPE, hub_configs
 from .pictures import find_class_map
 
 __all__ = ['list_recipes', 'read_recipe', 'recipe_command', 'recipe_path']
@@ -25,7 +26,7 @@ def recipe_path(name: str) -> Path:
     Raises:
         ValueError: If there is no such recipe; the nearest names are given.
     """
-    path = _folder() / name / 'args.yaml'
+    path = hub_configs() / name / RECIPE
     if not path.is_file():
         near = difflib.get_close_matches(name, list_recipes(), n=3, cutoff=0)
         raise ValueError(f'recipe must be one of those listed, got {name!r}; the nearest are {", ".join(near)}.')
@@ -38,7 +39,7 @@ def list_recipes() -> dict[str, str]:
     Returns:
         What each is for, by its name.
     """
-    paths = sorted(_folder().glob('*/args.yaml'))
+    paths = sorted(hub_configs().glob(f'*/{RECIPE}'))
     return {path.parent.name: path.read_text().splitlines()[0].lstrip('# ') for path in paths}
 
 
@@ -89,9 +90,3 @@ def recipe_command(name: str, processes: int = 1) -> str:
         if steps > 1:
             words += ['--grad-accum-steps', str(steps // shared_steps)]
     return shlex.join(words)
-
-
-def _folder() -> Path:
-    """In an installed package the recipes lie inside it, in a checkout beside it."""
-    package = Path(__file__).parent
-    return next(folder for folder in (package / 'hub_configs', package.parent / 'hub_configs') if folder.is_dir())
