@@ -105,6 +105,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipes.add_argument('--processes', type=int, default=4, metavar='N', help='of the torchrun command')
     recipes.set_defaults(run=_recipes)
 
+    hub = commands.add_parser('hub', help='models on the Hugging Face Hub')
+    actions = hub.add_subparsers(required=True, metavar='WHAT')
+    export = actions.add_parser('export', help="make a model's folder of a checkpoint of train.py")
+    export.add_argument('checkpoint', metavar='CHECKPOINT', help='with the args.yaml of its run beside it')
+    export.add_argument('--tag', required=True, metavar='NAME', help='architecture.tag, such as pp_resnet18.pp3_in1k')
+    export.add_argument('--output', default='hub_configs', metavar='FOLDER', help='holds the folder NAME (%(default)s)')
+    export.add_argument('--results', metavar='FOLDER', help='of timm-pushpull robustness, for the model card')
+    export.add_argument('--use-ema', action='store_true', help='EMA weights of the checkpoint')
+    export.add_argument('--dtype', default='float32', choices=('float32', 'float16', 'bfloat16'), help='of the weights')
+    export.add_argument('--data-dir', metavar='DIR', help='clean pictures: names of classes, and what rounding changes')
+    export.add_argument('--dataset', metavar='NAME', help='type of the dataset, as in validate.py')
+    export.add_argument('--split', default='validation', metavar='NAME', help='of the dataset (%(default)s)')
+    export.add_argument('--class-map', default='', metavar='FILE', help='as in validate.py')
+    export.add_argument('--workers', type=int, default=2, metavar='N', help='processes that decode (%(default)s)')
+    export.set_defaults(run=_hub_export)
+    check = actions.add_parser('check', help="build, load, run and compare a model's folder")
+    check.add_argument('folders', nargs='*', metavar='FOLDER', help='(all of this package)')
+    check.set_defaults(run=_hub_check)
+    push = actions.add_parser('push', help="upload a model's folder to the Hub")
+    push.add_argument('folder', metavar='FOLDER')
+    push.add_argument('--org', required=True, metavar='NAME', help='organisation or user')
+    push.add_argument('--private', action='store_true', help='make a new repository private')
+    push.add_argument('--revision', metavar='TAG', help='tag the uploaded state')
+    push.add_argument('--yes', action='store_true', help='do not ask')
+    push.set_defaults(run=_hub_push)
+
     bench = commands.add_parser('bench', help='speed, as ratios measured in one run')
     benches = bench.add_subparsers(required=True, metavar='WHAT')
     of_robustness = benches.add_parser('robustness', help='the evaluation beside validate.py')
@@ -169,7 +195,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _robustness(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
-    from timm.data import create_dataset, resolve_data_config
+    from timm.data import resolve_data_config
     from timm.utils import init_distributed_device
 
     from .measures import TEST_CORRUPTIONS
@@ -183,12 +209,7 @@ def _robustness(args: argparse.Namespace) -> None:
     models = _create_models(args)
     dataset = stored = None
     if args.data_dir or args.dataset:
-        class_map = find_class_map(args.class_map, args.data_dir or '')
-        options: dict[str, Any] = dict(root=args.data_dir, split=args.split, class_map=class_map)
-        if not args.dataset and not os.path.exists(args.data_dir):
-            raise ValueError(f'--data-dir must be a folder of pictures, {args.data_dir} is none.')
-        with _refused_by_timm(f'{args.dataset or "pictures"} in {args.data_dir}'):
-            dataset = create_dataset(args.dataset or '', **options)
+        dataset = _create_dataset(args)
     if args.stored:
         stored = open_stored(args.stored, corruptions, args.severities, find_class_map(args.class_map, args.stored))
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -250,6 +271,50 @@ def _recipes(args: argparse.Namespace) -> None:
             print(f'{name:<40} {purpose}')
 
 
+def _hub_export(args: argparse.Namespace) -> None:
+    import torch
+
+    from .hub_export import export_checkpoint
+
+    folder = export_checkpoint(
+        args.checkpoint,
+        args.tag,
+        args.output,
+        results=args.results,
+        use_ema=args.use_ema,
+        dtype=getattr(torch, args.dtype),
+        dataset=_create_dataset(args) if args.data_dir or args.dataset else None,
+        workers=args.workers,
+        progress=True,
+    )
+    print(folder)
+
+
+def _hub_check(args: argparse.Namespace) -> None:
+    from .hub import CONFIG, hub_configs
+    from .hub_check import check_folder
+
+    wrong = []
+    for folder in args.folders or sorted(path.parent for path in hub_configs().glob(f'*/{CONFIG}')):
+        try:
+            print(f'{folder}: {check_folder(folder)}')
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError(' '.join(wrong))
+
+
+def _hub_push(args: argparse.Namespace) -> None:
+    from .hub_push import push_folder
+
+    def confirm(what: str) -> bool:
+        print(what)
+        return args.yes or input('Upload? [y/N] ').strip().lower() in ('y', 'yes')
+
+    commit = push_folder(args.folder, args.org, confirm, args.private, args.revision)
+    print(commit or 'Nothing was uploaded.')
+
+
 def _bench_robustness(args: argparse.Namespace) -> None:
     from .bench_robustness import bench_robustness
 
@@ -264,6 +329,19 @@ def _bench_prime(args: argparse.Namespace) -> None:
     time, memory = bench_prime(args.batch_size, args.img_size, args.rounds, args.device, args.preset)
     print(time.in_words())
     print(memory.in_words())
+
+
+def _create_dataset(args: argparse.Namespace) -> Any:
+    from timm.data import create_dataset
+
+    from .pictures import find_class_map
+
+    if not args.dataset and not os.path.exists(args.data_dir):
+        raise ValueError(f'--data-dir must be a folder of pictures, {args.data_dir} is none.')
+    class_map = find_class_map(args.class_map, args.data_dir or '')
+    options: dict[str, Any] = dict(root=args.data_dir, split=args.split, class_map=class_map)
+    with _refused_by_timm(f'{args.dataset or "pictures"} in {args.data_dir}'):
+        return create_dataset(args.dataset or '', **options)
 
 
 def _create_models(args: argparse.Namespace) -> dict[str, Any]:

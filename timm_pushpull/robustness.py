@@ -36,7 +36,7 @@ from .results import (
     write_summary,
 )
 
-__all__ = ['evaluate_robustness', 'stratified_indices']
+__all__ = ['evaluate_robustness', 'hash_weights', 'stratified_indices']
 
 EXAMPLES = 3  # pictures kept for the report
 
@@ -412,7 +412,7 @@ def _protocol(
                 'model_args': {key: str(value) for key, value in getattr(model, '_model_args', {}).items()},
                 **configs[name],
                 'param_count': round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
-                'weights_sha256': _hash_weights(model),
+                'weights_sha256': hash_weights(model),
                 # What the weights do not hold, such as a fixed alpha or the averaging window.
                 'modules_sha256': _sha256(re.sub(' at 0x[0-9a-f]+', '', str(model))),
                 'precision': str(amp_dtype or torch.float32).removeprefix('torch.'),
@@ -434,7 +434,15 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _hash_weights(model: nn.Module) -> str:
+def hash_weights(model: nn.Module) -> str:
+    """Compute the checksum of a model's weights and buffers: names, data types, shapes and values.
+
+    Args:
+        model: The model.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())

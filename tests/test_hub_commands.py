@@ -1,0 +1,310 @@
+"""`timm-pushpull hub`: a checkpoint becomes a folder, the folder is checked, pushed and created elsewhere."""
+
+import argparse
+import copy
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from hub_server import TOKEN
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_hub import FOLDER, NAME
+
+from timm_pushpull.cli import main
+from timm_pushpull.hub import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, read_checksum
+from timm_pushpull.measures import TEST_CORRUPTIONS
+
+CLASSES = ['n01440764', 'n02102040']
+TAG = 'pp_resnet18.pp5_r32_trial'
+OPTIONS = {
+    'model': 'pp_resnet18',
+    'model_kwargs': {'avg_pool_size': 5, 'augment': 'prime'},
+    'num_classes': 2,
+    'input_size': [3, 32, 32],
+    'crop_pct': 1.0,
+    'interpolation': 'bilinear',
+    'mean': [0.5, 0.5, 0.5],
+    'epochs': 3,
+    'seed': 7,
+    'data_dir': '/data',
+    'output': '/runs',
+}
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """What train.py leaves: a checkpoint with its options inside and beside it."""
+    folder = tmp_path_factory.mktemp('run')
+    torch.manual_seed(0)
+    model = timm.create_model('pp_resnet18', num_classes=2, avg_pool_size=5)
+    averaged = copy.deepcopy(model)
+    with torch.no_grad():
+        averaged.fc.bias.add_(1)
+    torch.save(
+        {
+            'epoch': 2,
+            'arch': 'pp_resnet18',
+            'state_dict': model.state_dict(),
+            'state_dict_ema': averaged.state_dict(),
+            'args': argparse.Namespace(**OPTIONS),
+        },
+        folder / 'last.pth.tar',
+    )
+    (folder / RECIPE).write_text(yaml.safe_dump(OPTIONS))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    noise = np.random.default_rng(0)
+    for name in CLASSES:
+        (folder / 'val' / name).mkdir(parents=True)
+        for place in range(2):
+            picture = Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+            picture.save(folder / 'val' / name / f'{place}.png')
+    return folder
+
+
+def export(run, output, *options, tag=TAG):
+    assert main(['hub', 'export', str(run / 'last.pth.tar'), '--tag', tag, '--output', str(output), *options]) == 0
+    return output / tag
+
+
+@pytest.fixture(scope='module')
+def exported(run, tmp_path_factory):
+    return export(run, tmp_path_factory.mktemp('hub'))
+
+
+def fails(capsys, *arguments):
+    """Run the command, which must end with one line and status 2."""
+    capsys.readouterr()
+    assert main(['hub', *map(str, arguments)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith('timm-pushpull: ')
+    return error
+
+
+def test_export(run, exported, capsys):
+    assert {path.name for path in exported.iterdir()} == {CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS}
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)['state_dict']
+    weights = load_file(exported / WEIGHTS)
+    assert weights.keys() == checkpoint.keys()
+    assert all(torch.equal(weights[key], checkpoint[key]) for key in weights)
+    assert (exported / CHECKSUM).read_text() == f'{file_sha256(exported / WEIGHTS)}  {WEIGHTS}\n'
+    model = timm.create_model(f'local-dir:{exported}', pretrained=True)
+    assert (model.conv1.avg_pool_size, model.num_classes) == (5, 2)
+    expected = dict(tag='pp5_r32_trial', input_size=[3, 32, 32], crop_pct=1.0, mean=[0.5, 0.5, 0.5], pool_size=[1, 1])
+    found = {key: model.pretrained_cfg[key] for key in expected}
+    assert {**found, 'input_size': list(found['input_size'])} == expected
+    assert 'augment' not in (exported / CONFIG).read_text()
+    recipe = yaml.safe_load((exported / RECIPE).read_text())
+    assert recipe == {key: value for key, value in OPTIONS.items() if key not in ('data_dir', 'output')}
+    assert main(['hub', 'check', str(exported)]) == 0
+    assert capsys.readouterr().out.strip().endswith(f'sound: 2 classes, SHA-256 {read_checksum(exported)}')
+
+
+def test_averaged_weights(run, tmp_path, capsys):
+    folder = export(run, tmp_path, '--use-ema')
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    assert torch.equal(load_file(folder / WEIGHTS)['fc.bias'], checkpoint['state_dict_ema']['fc.bias'])
+    assert 'running average' in (folder / CARD).read_text()
+    del checkpoint['state_dict_ema'], checkpoint['args']
+    shutil.copy(run / RECIPE, tmp_path)
+    torch.save(checkpoint, tmp_path / 'plain.pth.tar')
+    assert 'no running average' in fails(capsys, 'export', tmp_path / 'plain.pth.tar', '--tag', TAG, '--use-ema')
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_rounded_weights_and_what_they_cost(dtype, run, data, tmp_path):
+    folder = export(run, tmp_path, '--dtype', dtype, '--data-dir', str(data), '--workers', '0')
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)['state_dict']
+    weights = load_file(folder / WEIGHTS)
+    for key, tensor in checkpoint.items():
+        rounded = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        assert weights[key].dtype == rounded.dtype and torch.equal(weights[key], rounded)
+    before, after = (
+        float(number)
+        for number in re.search(r'accuracy from ([\d.]+) to ([\d.]+) %', (folder / CARD).read_text()).groups()
+    )
+    transform = timm.data.create_transform((3, 32, 32), crop_pct=1.0, mean=(0.5,) * 3, interpolation='bilinear')
+    pictures = [(transform(Image.open(path)), path.parent.name) for path in sorted((data / 'val').rglob('*.png'))]
+    logits = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(torch.stack([x for x, _ in pictures]))
+    right = [CLASSES[place] == name for place, (_, name) in zip(logits.argmax(1).tolist(), pictures, strict=True)]
+    assert after == 100 * sum(right) / len(right) and 0 <= before <= 100
+    config = json.loads((folder / CONFIG).read_text())
+    assert config['label_names'] == CLASSES and 'tench' in config['label_descriptions'][CLASSES[0]]
+
+
+def test_a_weight_that_float16_does_not_hold(run, tmp_path, capsys):
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    checkpoint['state_dict']['bn1.running_var'][3] = 1e5
+    shutil.copy(run / RECIPE, tmp_path)
+    torch.save(checkpoint, tmp_path / 'last.pth.tar')
+    arguments = ('export', tmp_path / 'last.pth.tar', '--tag', TAG, '--output', tmp_path)
+    assert 'not finite: take bfloat16' in fails(capsys, *arguments, '--dtype', 'float16')
+    assert not (tmp_path / TAG).exists()
+    export(tmp_path, tmp_path, '--dtype', 'bfloat16')
+
+
+def test_a_recipe_stays_and_the_card_tells_the_difference(run, tmp_path):
+    (tmp_path / TAG).mkdir()
+    recipe = yaml.safe_dump({**OPTIONS, 'epochs': 90, 'mean': [0.5, 0.5, 0.5]})
+    (tmp_path / TAG / RECIPE).write_text(f'# A trial.\n{recipe}')
+    folder = export(run, tmp_path)
+    assert (folder / RECIPE).read_text() == f'# A trial.\n{recipe}'
+    card = (folder / CARD).read_text()
+    assert 'python train.py --config args.yaml --data-dir DATA --epochs 3\n' in card and '\nA trial.\n' in card
+
+
+def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
+    pytest.importorskip('imagecorruptions')
+    measure = ['robustness', '--data-dir', str(data), '--severities', '3', '--workers', '0', '--num-classes', '2']
+    ours = [f'ours=local-dir:{exported}', '--output', str(tmp_path / 'results'), '--baseline', 'ours']
+    assert main([*measure, *ours]) == 0
+    folder = export(run, tmp_path, '--results', str(tmp_path / 'results'))
+    card = ModelCard.load(folder / CARD)
+    assert all(corruption.replace('_', ' ') in card.text for corruption in TEST_CORRUPTIONS)
+    assert '--data-dir DATA --output results --severities 3\n' in card.text and '4 pictures of 2 classes' in card.text
+    summary = (tmp_path / 'results' / 'summary.csv').read_text().splitlines()
+    row = dict(zip(summary[0].split(','), summary[1].split(','), strict=True))
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results == {
+        'Top-1 accuracy': float(row['top1']),
+        'Top-5 accuracy': float(row['top5']),
+        'Plain mCE': float(row['plain_mCE']),
+    }
+    shown = re.search(r'\*\*plain mCE\*\* \| ([\d.]+) \(([\d.]+) to ([\d.]+)\)', card.text).groups()
+    assert [float(number) for number in shown] == [
+        round(float(row[name]), 1) for name in ('plain_mCE', 'plain_mCE_low', 'plain_mCE_high')
+    ]
+    assert main(['hub', 'check', str(folder)]) == 0
+
+    # Figures of other weights are refused; those from before the rounding are told as such.
+    arguments = ('export', run / 'last.pth.tar', '--tag', TAG, '--output', tmp_path / 'other')
+    assert 'no results of these weights' in fails(capsys, *arguments, '--use-ema', '--results', tmp_path / 'results')
+    folder = export(run, tmp_path / 'half', '--dtype', 'float16', '--results', str(tmp_path / 'results'))
+    card = ModelCard.load(folder / CARD)
+    assert 'The weights were those before rounding' in card.text and card.data.eval_results is None
+
+
+def test_export_refuses(run, tmp_path, capsys):
+    checkpoint = run / 'last.pth.tar'
+    shutil.copy(checkpoint, tmp_path)
+    for arguments, words in [
+        ((tmp_path / 'none.pth.tar', '--tag', TAG), 'must be a file of train.py'),
+        ((tmp_path / 'last.pth.tar', '--tag', TAG), 'must lie beside the args.yaml'),
+        ((checkpoint, '--tag', 'pp_resnet18'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18'"),
+        ((checkpoint, '--tag', 'pp_resnet50.x'), 'is of pp_resnet18, not of pp_resnet50'),
+        ((checkpoint, '--tag', TAG, '--data-dir', tmp_path / 'none'), '--data-dir must be a folder'),
+        ((checkpoint, '--tag', TAG, '--results', tmp_path), 'holds no results'),
+    ]:
+        assert words in fails(capsys, 'export', *arguments, '--output', tmp_path / 'out')
+    assert not (tmp_path / 'out' / TAG).exists()
+    (tmp_path / RECIPE).write_text(yaml.safe_dump({**OPTIONS, 'num_classes': 5}))
+    assert 'does not fit the model' in fails(capsys, 'export', tmp_path / 'last.pth.tar', '--tag', TAG)
+
+
+FAULTS = {
+    'no card': (lambda folder: (folder / CARD).unlink(), 'lacks README.md'),
+    'pickle': (lambda folder: (folder / 'pytorch_model.bin').touch(), 'may hold a pickle'),
+    'damaged': (
+        lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1] + b'x'),
+        'has the SHA-256',
+    ),
+    'other network': (lambda folder: edit(folder / CONFIG, architecture='pp_resnet34'), 'describes pp_resnet34'),
+    'other classes': (lambda folder: edit(folder / CONFIG, label_names=['a']), 'names 1 classes, the model has 2'),
+    'no such setting': (lambda folder: edit(folder / CONFIG, model_args={'window': 3}), 'does not describe a model'),
+    'shapes': (lambda folder: reshape(folder), 'fc.bias is (3,) there and (2,) in the model'),
+    'not finite': (lambda folder: reshape(folder, torch.full((2,), float('nan'))), 'not finite'),
+    'transformers': (lambda folder: replace(folder / CARD, '- push-pull', '- push-pull\n- transformers'), 'tags'),
+    'card': (lambda folder: replace(folder / CARD, 'library_name: timm', 'library_name: x'), 'library_name: timm'),
+    'yaml': (lambda folder: replace(folder / CARD, '---\n', '---\nmodel-index: 3\n', 1), 'model_index'),
+}
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def replace(path, old, new, count=-1):
+    path.write_text(path.read_text().replace(old, new, count))
+
+
+def reshape(folder, bias=None):
+    weights = load_file(folder / WEIGHTS)
+    save_file({**weights, 'fc.bias': torch.zeros(3) if bias is None else bias}, folder / WEIGHTS)
+    (folder / CHECKSUM).write_text(f'{file_sha256(folder / WEIGHTS)}  {WEIGHTS}\n')
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_check_finds(fault, exported, tmp_path, capsys):
+    folder = tmp_path / TAG
+    shutil.copytree(exported, folder)
+    spoil, words = FAULTS[fault]
+    spoil(folder)
+    assert words in fails(capsys, 'check', folder)
+
+
+def test_check_of_all(capsys):
+    assert main(['hub', 'check']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(NAME in line for line in lines) and sum('a recipe, without weights' in line for line in lines) > 60
+
+
+@pytest.fixture
+def signed_in(hub, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    return hub
+
+
+def test_push_and_create_elsewhere(signed_in, tmp_path, capsys):
+    push = ['hub', 'push', str(FOLDER), '--org', 'timm-pushpull', '--yes']
+    assert main([*push, '--revision', 'v1']) == 0
+    shown = capsys.readouterr().out
+    assert all(file in shown for file in (CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS)) and 'new, public' in shown
+    repository = signed_in.repositories[f'timm-pushpull/{NAME}']
+    assert repository.tags == {'v1': repository.branch} and not repository.private
+    files = {path.name: path.read_bytes() for path in FOLDER.iterdir()}
+    assert files.items() <= repository.commits[repository.branch].items()
+
+    commits = len(repository.commits)
+    assert main([*push, '--revision', 'v1']) == 0 and len(repository.commits) == commits  # nothing new, nothing done
+
+    x = torch.randn(2, 3, 64, 64)
+    local = timm.create_model(f'local-dir:{FOLDER}', pretrained=True).eval()(x)
+    for name in ('pp_resnet18', NAME, f'hf-hub:timm-pushpull/{NAME}@v1'):
+        model = timm.create_model(name, pretrained=True, cache_dir=tmp_path / 'elsewhere').eval()
+        assert torch.equal(model(x), local)
+
+
+def test_push_asks(signed_in, exported, monkeypatch, capsys):
+    monkeypatch.setattr('builtins.input', lambda question: 'n')
+    assert main(['hub', 'push', str(exported), '--org', 'me']) == 0
+    assert 'Nothing was uploaded' in capsys.readouterr().out and not signed_in.repositories
+    monkeypatch.setattr('builtins.input', lambda question: 'y')
+    assert main(['hub', 'push', str(exported), '--org', 'me', '--private']) == 0
+    assert signed_in.repositories[f'me/{TAG}'].private and 'new, private' in capsys.readouterr().out
+
+
+def test_push_refuses(signed_in, run, exported, tmp_path, capsys, monkeypatch):
+    push = ('--org', 'me', '--yes')
+    assert main(['hub', 'push', str(exported), *push, '--revision', 'v1']) == 0
+    averaged = export(run, tmp_path, '--use-ema')
+    assert 'holds other weights' in fails(capsys, 'push', averaged, *push)
+    shutil.copytree(exported, tmp_path / 'other' / TAG)
+    replace(tmp_path / 'other' / TAG / CARD, 'A ResNet', 'This ResNet')
+    assert 'has the tag v1 at another commit' in fails(
+        capsys, 'push', tmp_path / 'other' / TAG, *push, '--revision', 'v1'
+    )
+    (tmp_path / 'other' / TAG / WEIGHTS).unlink()
+    assert f'has no {WEIGHTS} to push' in fails(capsys, 'push', tmp_path / 'other' / TAG, *push)
+    monkeypatch.delenv('HF_TOKEN')
+    assert '401' in fails(capsys, 'push', exported, '--org', 'somebody', '--yes')

@@ -1,0 +1,226 @@
+"""Turns a checkpoint of timm's ``train.py`` into a model's folder for the Hugging Face Hub."""
+
+import argparse
+import copy
+import math
+import os
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import yaml
+from timm.data import ImageNetInfo, resolve_data_config
+from timm.models import create_model, is_model, load_checkpoint, save_for_hf
+
+from .hub import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256
+from .model_card import Evaluation, model_card
+from .pictures import DatasetPictures, find_class_map
+from .results import read_answers, read_baseline, read_csv, read_protocol, summarize
+from .robustness import evaluate_robustness, hash_weights
+
+__all__ = ['export_checkpoint']
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    name: str,
+    output: str | os.PathLike[str],
+    results: str | os.PathLike[str] | None = None,
+    use_ema: bool = False,
+    dtype: torch.dtype = torch.float32,
+    dataset: Any = None,
+    **measurement: Any,
+) -> Path:
+    """Write a model's folder: configuration, recipe, weights, their checksum and the model card.
+
+    A recipe that is in the folder stays, and the card names the options in which the run differs from it; otherwise the
+    run's own options become the recipe. Each file is replaced whole.
+
+    Args:
+        checkpoint: File of ``train.py``, with the run's ``args.yaml`` beside it.
+        name: Architecture and tag, such as ``pp_resnet18.pp3_in1k``.
+        output: Folder that holds the model's folder; made if it does not exist.
+        results: Results folder of :mod:`timm_pushpull.robustness` with these weights among its models, for the card.
+        use_ema: Take the averaged weights.
+        dtype: Of the weights: float32, float16 or bfloat16.
+        dataset: Clean pictures (``timm.data.create_dataset`` without a transform), to name the classes and to measure
+            what rounding the weights changes.
+        **measurement: ``device``, ``batch_size``, ``workers`` and ``progress`` of that, as for ``evaluate_robustness``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the name is of no network or not of the checkpoint's, if the checkpoint does not hold what is
+            asked for, if a weight is too large for the data type, or if the results or pictures are of another model.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    options = _read_options(checkpoint, name)
+    model = _build(name, options)
+    _load(model, checkpoint, use_ema)
+    stored = copy.deepcopy(model).to(dtype)
+    rounded = copy.deepcopy(stored).float()
+    if not all(tensor.isfinite().all() for tensor in rounded.state_dict().values()):
+        raise ValueError(f'dtype must hold all weights, got {dtype}, in which some are not finite: take bfloat16.')
+
+    labels, evaluation, top1 = _labels(options, model.num_classes), None, None
+    if dataset is not None:
+        labels = DatasetPictures(dataset).classes
+        if dtype != torch.float32:
+            top1 = _top1({'float32': model, 'rounded': rounded}, dataset, **measurement)
+    if results is not None:
+        evaluation = _read_evaluation(Path(results), name, model, rounded)
+        labels = [row['name'] for row in read_csv(Path(results) / 'classes.csv')]
+    if labels and len(labels) != model.num_classes:
+        raise ValueError(f'{checkpoint} has {model.num_classes} classes, the data {len(labels)}.')
+
+    label_config = _label_config(labels)
+    folder = output / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=f'.{name}-') as unfinished:
+        written = Path(unfinished)
+        save_for_hf(
+            stored,
+            str(written),
+            model_config=label_config,
+            model_args=_model_args(options),
+            safe_serialization=True,
+        )
+        (written / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
+        (written / CHECKSUM).write_text(f'{file_sha256(written / WEIGHTS)}  {WEIGHTS}\n')
+        if not (folder / RECIPE).exists():
+            (written / RECIPE).write_text(yaml.safe_dump(_without_paths(options)))
+        recipe = next(path for path in (written / RECIPE, folder / RECIPE) if path.exists()).read_text()
+        card = model_card(
+            name,
+            rounded,
+            model_args=_model_args(options),
+            weights=str(dtype).removeprefix('torch.') + (', the running average (EMA) of the training' * use_ema),
+            recipe=recipe,
+            departures=_departures(yaml.safe_load(recipe), options),
+            labelled='label_names' in label_config,
+            top1_by_rounding=top1,
+            evaluation=evaluation,
+        )
+        (written / CARD).write_text(str(card), encoding='utf-8')
+        for file in (WEIGHTS, CHECKSUM, RECIPE, CARD, CONFIG):
+            if (written / file).exists():
+                os.replace(written / file, folder / file)
+    return folder
+
+
+def _read_options(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Options of the run, which ``train.py`` writes beside its checkpoints."""
+    if not checkpoint.is_file():
+        raise ValueError(f'checkpoint must be a file of train.py, {checkpoint} is none.')
+    path = checkpoint.with_name(RECIPE)
+    if not path.is_file():
+        raise ValueError(f'{checkpoint} must lie beside the {RECIPE} that train.py wrote for it; there is none.')
+    options = yaml.safe_load(path.read_text())
+    architecture, _, tag = name.partition('.')
+    if not tag or not is_model(architecture):
+        raise ValueError(f'tag must be that of a network, such as pp_resnet18.pp3_in1k, got {name!r}.')
+    if options['model'].partition('.')[0] != architecture:
+        raise ValueError(f'{checkpoint} is of {options["model"]}, not of {architecture}.')
+    return options
+
+
+def _model_args(options: Mapping[str, Any]) -> dict[str, Any]:
+    model_args = {key: value for key, value in (options.get('model_kwargs') or {}).items() if key != 'augment'}
+    given = {key: options[key] for key in ('num_classes', 'in_chans') if options.get(key) is not None}
+    return {**model_args, **given}
+
+
+def _build(name: str, options: Mapping[str, Any]) -> Any:
+    """The network that ``train.py`` builds of these options, which knows how its pictures are prepared."""
+    architecture, _, tag = name.partition('.')
+    model: Any = create_model(architecture, **_model_args(options))
+    data: dict[str, Any] = resolve_data_config(dict(options), model=model)
+    reduction = model.feature_info[-1]['reduction']
+    pool_size = tuple(math.ceil(side / reduction) for side in data['input_size'][1:])
+    model.pretrained_cfg.update(data, tag=tag, num_classes=model.num_classes, pool_size=pool_size)
+    return model.eval()
+
+
+def _load(model: nn.Module, checkpoint: Path, use_ema: bool) -> None:
+    if use_ema:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # train.py's options, which it keeps inside too
+            content = torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)
+        if 'state_dict_ema' not in content:
+            raise ValueError(f'{checkpoint} holds no running average of weights: it was trained without --model-ema.')
+    try:
+        load_checkpoint(model, str(checkpoint), use_ema)
+    except RuntimeError as error:
+        raise ValueError(
+            f'{checkpoint} does not fit the model of its {RECIPE}: {" ".join(str(error).split())}'
+        ) from error
+
+
+def _labels(options: Mapping[str, Any], num_classes: int) -> Sequence[str]:
+    """Names of the classes in the order of the logits, as far as the options tell; empty where they do not."""
+    if options.get('class_map'):
+        return Path(find_class_map(Path(options['class_map']).stem.removesuffix('_synsets'))).read_text().split()
+    return ImageNetInfo().label_names() if num_classes == 1000 else []
+
+
+def _label_config(labels: Sequence[str]) -> dict[str, Any]:
+    imagenet = ImageNetInfo()
+    if not labels or not all(labels):
+        return {}
+    if not set(labels) <= set(imagenet.label_names()):
+        return {'label_names': list(labels)}
+    descriptions = {label: imagenet.label_name_to_description(label) for label in labels}
+    return {'label_names': list(labels), 'label_descriptions': descriptions}
+
+
+def _top1(models: Mapping[str, nn.Module], dataset: Any, **measurement: Any) -> tuple[float, ...]:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = evaluate_robustness(models, folder, dataset, corruptions=(), **measurement)
+    accuracy = {row['model']: row['top1'] for row in rows}
+    return tuple(accuracy[name] for name in models)
+
+
+def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Module) -> Evaluation:
+    """The row of these weights, as they are stored or, failing that, as they were trained."""
+    protocol = read_protocol(results)
+    labels = {details['weights_sha256']: label for label, details in protocol['models'].items()}
+    for of, weights in (('stored', rounded), ('trained', model)):
+        label = labels.get(hash_weights(weights))
+        if label is not None:
+            rows = {row['model']: row for row in summarize(protocol, read_answers(results), read_baseline(results))}
+            if label in rows:
+                return Evaluation(protocol, rows[label], rows.get(rows[label]['baseline']), of == 'stored')
+    raise ValueError(
+        f'{results} holds no results of these weights, its models are {", ".join(labels.values())}: measure them by '
+        f'timm-pushpull robustness {name}, from the checkpoint or the exported folder (local-dir:FOLDER).'
+    )
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without what holds on one machine only."""
+    here = {'data_dir', 'device', 'local_rank', 'log_interval', 'output', 'resume', 'workers'}
+    return {
+        key: value
+        for key, value in options.items()
+        if key not in here and not (isinstance(value, str) and os.path.isabs(value))
+    }
+
+
+def _departures(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """The options of ``train.py`` that turn the recipe into the run."""
+    words = []
+    for key, value in recipe.items():
+        if options.get(key) != value and key not in ('class_map', 'experiment'):
+            given = options.get(key)
+            words += [f'--{key.replace("_", "-")}', *map(str, given if isinstance(given, list) else [given])]
+    return shlex.join(words)
