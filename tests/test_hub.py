@@ -17,12 +17,13 @@ from conftest import REPOSITORY
 from hub_server import TOKEN
 from safetensors.torch import load_file, save
 
-from timm_pushpull.hub import HUB_ORG, WEIGHTS, read_hub_models
+from timm_pushpull.hub import HUB_ORG, WEIGHTS
 from timm_pushpull.pushpull_resnet import HUB_MODELS
 from timm_pushpull.recipes import list_recipes, read_recipe
 
 NAME = 'pp_resnet18.pp3_r64_imagenette'
 REPO_ID = f'{HUB_ORG}/{NAME}'
+MIRRORED = f'ours/{NAME}'
 FOLDER = REPOSITORY / 'hub_configs' / NAME
 
 
@@ -94,14 +95,6 @@ def test_weights_that_are_not_published(name):
         timm.create_model(name, pretrained=True)
     recipe = ' pp_resnet50.pp3_prime_in1k' * name.endswith('prime_in1k')
     assert f'"timm-pushpull recipes{recipe}" tells how' in str(error.value) and NAME in str(error.value)
-
-
-def test_the_organisation_is_one_name(tmp_path):
-    code = f'import timm; print(timm.get_pretrained_cfg({NAME!r}).hf_hub_id)'
-    environment = {**os.environ, 'TIMM_PUSHPULL_HUB_ORG': 'ours'}
-    printed = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == f'ours/{NAME}'
-    assert read_hub_models(FOLDER.parent, 'ours')[NAME].pretrained_cfg['hf_hub_id'] == f'ours/{NAME}'
 
 
 # Downloads
@@ -342,12 +335,12 @@ def test_a_cache_that_cannot_be_written(limit, words, published, local, pictures
 
 @pytest.fixture(scope='module')
 def olah(tmp_path_factory):
-    """An offline olah that mirrors the folder as the Hub keeps it, a git repository with its weights in LFS."""
+    """An offline olah with the folder as a Hub keeps it, a git repository with its weights in LFS."""
     program = Path(sys.executable).with_name('olah-cli')
     if not program.exists() or not shutil.which('git'):
         pytest.skip('needs git, and olah: pip install olah')
     root = tmp_path_factory.mktemp('olah')
-    repository = root / 'mirrors' / 'models' / REPO_ID
+    repository = root / 'mirrors' / 'models' / MIRRORED
     repository.mkdir(parents=True)
     sha256 = HUB_MODELS[NAME].sha256
     stored = repository / '.git' / 'lfs' / 'objects' / sha256[:2] / sha256[2:4] / sha256
@@ -392,12 +385,17 @@ def test_downloads_from_olah(olah, hub, local, pictures, tmp_path):
     code = f"""
         import timm, torch
         pictures = torch.load('pictures.pt')
-        for name in ('pp_resnet18', '{NAME}', 'hf-hub:{REPO_ID}', 'hf-hub:{REPO_ID}@v1'):
+        for name in ('pp_resnet18', '{NAME}', 'hf-hub:{MIRRORED}', 'hf-hub:{MIRRORED}@v1'):
             model = timm.create_model(name, pretrained=True).eval()
             torch.save(model(pictures), name.replace('/', '-') + '.logits')
     """
     run = [sys.executable, '-c', textwrap.dedent(code)]
-    environment = {**os.environ, 'HF_HOME': str(tmp_path / 'home'), 'HF_ENDPOINT': olah}
+    environment = {
+        **os.environ,
+        'HF_HOME': str(tmp_path / 'home'),
+        'HF_ENDPOINT': olah,
+        'TIMM_PUSHPULL_HUB_ORG': 'ours',
+    }
     for offline in ('0', '1'):
         subprocess.run(run, env={**environment, 'HF_HUB_OFFLINE': offline}, cwd=tmp_path, check=True)
         logits = list(tmp_path.glob('*.logits'))

@@ -24,7 +24,6 @@ def test_list_models():
     assert set(timm.list_models('pp_*')) == {*PLAIN_OF, *CIFAR}
     assert set(timm.list_models(module='pushpull_resnet')) == {*PLAIN_OF, *CIFAR}
     assert not set(timm.list_models(module='resnet')) & {*PLAIN_OF, *CIFAR}
-    assert timm.list_pretrained('pp_*') == []
 
 
 @pytest.mark.parametrize('name', PLAIN_OF)
@@ -188,11 +187,6 @@ def test_saved_and_reloaded_from_a_folder(name, settings, tmp_path):
     assert str(reloaded) == str(model)
     x = torch.randn(1, settings.get('in_chans', 3), 64, 64)
     assert torch.equal(reloaded(x), model(x))
-
-
-def test_pretrained_without_weights_says_so():
-    with pytest.raises(RuntimeError, match='No pretrained weights exist for pp_resnet50'):
-        timm.create_model('pp_resnet50', pretrained=True)
 
 
 def test_deep_stem():
