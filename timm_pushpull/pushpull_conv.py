@@ -12,6 +12,9 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from .pushpull_fast import fast_push_pull_conv2d, is_fast
 
 if TYPE_CHECKING:
     _T = TypeVar('_T')
@@ -55,6 +58,7 @@ def push_pull_conv2d(
     dilation: BroadcastingList2[int] = 1,
     groups: int = 1,
     avg_pool_size: int = 3,
+    implementation: str = 'auto',
 ) -> Tensor:
     r"""Convolution inhibited by the response of its contrast-inverted kernel.
 
@@ -81,12 +85,15 @@ def push_pull_conv2d(
         groups: Number of blocked connections from input channels to output channels.
         avg_pool_size: Side of the window that averages the pull response, an odd number of output pixels; 0 for no
             averaging.
+        implementation: ``'reference'`` is the equation as it stands here, ``'fast'`` that of
+            :mod:`timm_pushpull.pushpull_fast`, and ``'auto'`` the fast one where it serves.
 
     Returns:
         Response (N, O, H', W'), of the spatial size and data type that ``F.conv2d`` would give.
 
     Raises:
-        ValueError: If the window is even or negative, or if alpha is neither one number nor one for each channel.
+        ValueError: If the window is even or negative, if alpha is neither one number nor one for each channel, or if
+            there is no such implementation.
     """
     _check_avg_pool_size(avg_pool_size)
     if isinstance(alpha, Tensor):
@@ -95,6 +102,13 @@ def push_pull_conv2d(
                 f'alpha must be one number or one for each of the {weight.shape[0]} output channels, '
                 f'got shape {list(alpha.shape)}.'
             )
+
+    if not torch.jit.is_scripting():
+        if is_fast(implementation, input, weight):
+            response = fast_push_pull_conv2d(
+                input, weight, alpha, _pair(stride), _pair(padding), _pair(dilation), groups, avg_pool_size
+            )
+            return response if bias is None else (response + bias.view(-1, 1, 1)).to(response.dtype)
 
     push = F.conv2d(input, weight, None, stride, padding, dilation, groups)
     pull = F.conv2d(input, pull_kernels(weight), None, stride, padding, dilation, groups)
@@ -135,6 +149,7 @@ class PushPullConv2d(nn.Conv2d):
             state dict.
         device: Device of the parameters.
         dtype: Data type of the parameters.
+        implementation: As for the function.
 
     Shape:
         (N, C, H, W) to (N, O, H', W'), as ``nn.Conv2d``.
@@ -160,6 +175,7 @@ class PushPullConv2d(nn.Conv2d):
         trainable_alpha: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        implementation: str = 'auto',
     ) -> None:
         super().__init__(
             in_channels,
@@ -176,6 +192,7 @@ class PushPullConv2d(nn.Conv2d):
         )
         _check_avg_pool_size(avg_pool_size)
         self.avg_pool_size = avg_pool_size
+        self.implementation = implementation
         if not isinstance(trainable_alpha, bool):
             raise ValueError(f'trainable_alpha must be True or False, got {trainable_alpha!r}.')
         self.trainable_alpha = trainable_alpha
@@ -260,6 +277,7 @@ class PushPullConv2d(nn.Conv2d):
             self.dilation,  # type: ignore[arg-type]
             self.groups,
             self.avg_pool_size,
+            self.implementation,
         )
 
     def extra_repr(self) -> str:

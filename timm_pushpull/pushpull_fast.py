@@ -1,0 +1,337 @@
+"""Push-pull convolution with one convolution instead of two, on pieces of the batch that stay in the processor's cache.
+
+With :math:`c_o = \\max(W_o) + \\min(W_o)` the pull kernel is :math:`K_o = c_o - W_o`, so the pull response needs no
+convolution of its own. Both follow from the sum of the input under the kernel, :math:`S`, one channel for each group,
+and from the response of the push kernel without its mean :math:`m`, :math:`\\tilde P = x * (W - m)`:
+
+.. math::
+    P = \\tilde P + m S, \\qquad Q = (c - m) \\operatorname{avg}(S) - \\operatorname{avg}(\\tilde P)
+
+Without the mean it would be :math:`Q = c \\operatorname{avg}(S) - \\operatorname{avg}(P)`, a small difference of large
+numbers where :math:`m` is near :math:`c` and the input far from zero. Half precision is computed in float32.
+
+The backward pass computes the responses once more instead of keeping them, so that it keeps nothing that a plain
+convolution does not keep. Both are custom operators: ``torch.compile`` sees one node with a gradient.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ['fast_push_pull_conv2d', 'is_fast']
+
+aten = torch.ops.aten
+
+CHUNK_BYTES = 4 << 20  # of the push response: as much as stays in cache from one step to the next
+
+
+def is_fast(implementation: str, input: Tensor, weight: Tensor) -> bool:
+    """Decide whether :func:`fast_push_pull_conv2d` computes a push-pull convolution, or the reference does.
+
+    Args:
+        implementation: ``'fast'``, ``'reference'``, or ``'auto'`` to decide by what follows.
+        input: Images or feature maps.
+        weight: Push kernels.
+
+    Returns:
+        True for batches on a CPU, eager or compiled; False where a program is traced or exported and where ``vmap`` or
+        forward derivatives need each step of the equation.
+
+    Raises:
+        ValueError: If there is no such implementation.
+    """
+    if implementation not in ('auto', 'fast', 'reference'):
+        raise ValueError(f"implementation must be 'auto', 'fast' or 'reference', got {implementation!r}.")
+    if implementation != 'auto':
+        return implementation == 'fast'
+    if torch.compiler.is_compiling():
+        if not hasattr(torch.compiler, 'is_exporting') or torch.compiler.is_exporting():
+            return False
+    elif torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    elif torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if input.dim() != 4 or not input.device.type == weight.device.type == 'cpu' or not input.is_floating_point():
+        return False
+    if torch.is_autocast_enabled('cpu'):
+        return torch.float64 not in (input.dtype, weight.dtype)
+    return input.dtype == weight.dtype
+
+
+def fast_push_pull_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    alpha: float | Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    avg_pool_size: int,
+) -> Tensor:
+    """Compute :func:`timm_pushpull.push_pull_conv2d` without bias, for what :func:`is_fast` admits.
+
+    Args:
+        input: Images or feature maps (N, C, H, W).
+        weight: Push kernels (O, C / groups, kh, kw).
+        alpha: Inhibition strength, one number or one for each output channel.
+        stride: Of rows and columns.
+        padding: Of rows and columns.
+        dilation: Of rows and columns.
+        groups: Number of blocked connections.
+        avg_pool_size: Side of the averaging window, odd, or 0.
+
+    Returns:
+        Response (N, O, H', W').
+    """
+    autocast = torch.is_autocast_enabled('cpu') and input.dtype != torch.float64
+    dtype = torch.get_autocast_dtype('cpu') if autocast else input.dtype
+    wide = weight.double()  # an error in c would count once for each value of the input
+    c = wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
+    alpha = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64)
+    alpha = alpha.to(_computing_dtype(weight)).expand(weight.shape[0])
+    return _push_pull(input, weight, c, alpha, stride, padding, dilation, groups, max(avg_pool_size, 1), dtype)
+
+
+def _computing_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+class _Pieces:
+    """What both directions need of each piece of the batch."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        c: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        window: int,
+    ) -> None:
+        self.input, self.groups, self.window = input, groups, window
+        self.geometry = (stride, padding, dilation)
+        dtype = _computing_dtype(weight)
+        wide = weight.double()
+        self.centred = (wide - wide.mean((1, 2, 3), keepdim=True)).to(dtype)
+        mean = (wide - self.centred).mean((1, 2, 3))  # with what was rounded off
+        # By group, to multiply the group's sum.
+        self.mean = mean.to(dtype).view(groups, -1, 1, 1)
+        self.c_without_mean = (c - mean).to(dtype).view(groups, -1, 1, 1)
+        self.ones = self.centred.new_ones(groups, 1, *weight.shape[2:])
+        self.channel_sums = input.to(dtype).unflatten(1, (groups, -1)).sum(2)
+        self.sums = F.conv2d(self.channel_sums, self.ones, None, *self.geometry, groups)
+        self.box_sums = _box(self.sums, window, torch.empty_like(self.sums), torch.empty_like(self.sums))
+        counts = torch.ones_like(self.sums[:1, :1])
+        self.inverse_counts = 1 / _box(counts, window, torch.empty_like(counts), torch.empty_like(counts))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Yield for each piece its place, its input, P, and -Q times the number of values in the window."""
+        pixels = len(self.centred) * math.prod(self.sums.shape[2:]) * self.centred.element_size()
+        size = max(1, CHUNK_BYTES // max(pixels, 1))
+        memory = None  # the same for each piece: to take new memory costs more than to compute in it
+        for start in range(0, len(self.input), size):
+            piece = slice(start, start + size)
+            x = self.input[piece].to(self.centred.dtype)
+            push = F.conv2d(x, self.centred, None, *self.geometry, self.groups)
+            if memory is None:
+                memory = torch.empty_like(push), torch.empty_like(push)
+            pull = _box(push, self.window, *(buffer[: len(push)] for buffer in memory))
+            by_group = pull.unflatten(1, (self.groups, -1))
+            by_group.addcmul_(self.c_without_mean, self.box_sums[piece].unsqueeze(2), value=-1)
+            push.unflatten(1, (self.groups, -1)).addcmul_(self.mean, self.sums[piece].unsqueeze(2))
+            yield piece, x, push, pull
+
+
+def _box(x: Tensor, window: int, rows: Tensor, box: Tensor) -> Tensor:
+    """Sum over a window around each value, as far as it lies inside, into ``box``: its own adjoint."""
+    if window == 1:
+        return box.copy_(x)
+    return _line_sums(_line_sums(x, 2, window // 2, rows), 3, window // 2, box)
+
+
+def _line_sums(x: Tensor, dim: int, reach: int, sums: Tensor) -> Tensor:
+    length = x.shape[dim]
+    if length == 1:
+        return sums.copy_(x)
+    for step in range(1, min(reach, length - 1) + 1):
+        first, last = sums.narrow(dim, 0, length - step), sums.narrow(dim, step, length - step)
+        if step == 1:  # instead of a copy, and another pass over it
+            torch.add(x.narrow(dim, 0, length - 1), x.narrow(dim, 1, length - 1), out=first)
+            sums.narrow(dim, length - 1, 1).copy_(x.narrow(dim, length - 1, 1))
+        else:
+            first.add_(x.narrow(dim, step, length - step))
+        last.add_(x.narrow(dim, 0, length - step))
+    return sums
+
+
+def _empty(like: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the result, in the format of the convolution's."""
+    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((batch_size, *like.shape[1:]), dtype=dtype, device=like.device, memory_format=memory_format)
+
+
+@torch.library.custom_op('timm_pushpull::push_pull_conv2d', mutates_args=())
+def _push_pull(
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    window: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    with torch.autocast('cpu', enabled=False):
+        pieces = _Pieces(input, weight, c, stride, padding, dilation, groups, window)
+        output = strength = None
+        for piece, _, push, pull in pieces:
+            if output is None or strength is None:
+                output, strength = _empty(push, len(input), dtype), torch.empty_like(push[:1])
+                torch.mul(alpha.view(-1, 1, 1), pieces.inverse_counts, out=strength)
+            push.clamp_(min=0)
+            pull.clamp_(max=0)
+            if dtype == push.dtype:
+                torch.addcmul(push, pull, strength, out=output[piece])
+            else:
+                output[piece] = push.addcmul_(pull, strength)
+        return pieces.sums.new_empty(0, len(weight), *pieces.sums.shape[2:]).to(dtype) if output is None else output
+
+
+@_push_pull.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    window: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    push = F.conv2d(input.to(alpha.dtype), weight.to(alpha.dtype), None, stride, padding, dilation, groups)
+    return _empty(push, len(push), dtype)
+
+
+@torch.library.custom_op('timm_pushpull::push_pull_conv2d_backward', mutates_args=())
+def _push_pull_backward(
+    gradient: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    window: int,
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast('cpu', enabled=False):
+        pieces = _Pieces(input, weight, c, stride, padding, dilation, groups, window)
+        of_input = torch.zeros_like(input) if needs_input else input.new_empty(0)
+        of_weight = torch.zeros_like(pieces.centred)
+        of_c, of_alpha = torch.zeros_like(c), torch.zeros_like(alpha)
+        of_sums, of_box_sums = torch.zeros_like(pieces.sums), torch.zeros_like(pieces.sums)
+        strength = alpha.view(-1, 1, 1)
+        c_by_strength = pieces.c_without_mean * strength.view_as(pieces.c_without_mean)
+
+        def backward(of_output: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> Sequence[Tensor]:
+            return aten.convolution_backward(
+                of_output, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
+            )
+
+        memory = None
+        for piece, x, push, pull in pieces:
+            if memory is None:
+                memory = tuple(torch.empty_like(push) for _ in range(3))
+            shared, rows, box = (buffer[: len(push)] for buffer in memory)
+            of_output = gradient[piece].to(x.dtype)
+            # Where Q > 0, the gradient of -alpha Q over -alpha, shared among the window's values.
+            torch.mul(of_output, pieces.inverse_counts, out=shared)
+            aten.hardtanh_backward.grad_input(shared, pull, -math.inf, 0, grad_input=shared)
+            of_alpha += pull.mul_(shared).sum((0, 2, 3))
+            by_group, box_sums = shared.unflatten(1, (groups, -1)), pieces.box_sums[piece]
+            of_c -= torch.einsum('ngohw,nghw->ngoh', by_group, box_sums).sum((0, 3)).flatten()
+            of_push = aten.threshold_backward.grad_input(of_output, push, 0, grad_input=pull)
+            if needs_input:
+                of_box_sums[piece] = -(by_group * c_by_strength).sum(2)
+                of_sums[piece] = (of_push.unflatten(1, (groups, -1)) * pieces.mean).sum(2)
+            of_push.addcmul_(_box(shared, window, rows, box), strength)
+            of_x, of_w, _ = backward(of_push, x, pieces.centred, [needs_input, True, False])
+            of_weight += of_w
+            if needs_input:
+                of_input[piece] = of_x
+        if needs_input:
+            of_sums += _box(of_box_sums, window, torch.empty_like(of_sums), torch.empty_like(of_sums))
+            of_channel_sums, _, _ = backward(of_sums, pieces.channel_sums, pieces.ones, [True, False, False])
+            of_input.unflatten(1, (groups, -1)).add_(of_channel_sums.unsqueeze(2))
+        return of_input, of_weight.to(weight.dtype), of_c * alpha, of_alpha
+
+
+@_push_pull_backward.register_fake
+def _(
+    gradient: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    window: int,
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_input = torch.empty_like(input) if needs_input else input.new_empty(0)
+    return of_input, torch.empty_like(weight), torch.empty_like(c), torch.empty_like(alpha)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]  # type: ignore[attr-defined]
+
+
+def _differentiate(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    needed = ctx.needs_input_grad[:4]
+    if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
+        output = _step_by_step(*ctx.saved_tensors, *ctx.settings)
+        wanted = [x for x, need in zip(ctx.saved_tensors, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
+        return *(next(found) if need else None for need in needed), None, None, None, None, None, None
+    of_input, *others = _push_pull_backward(gradient, *ctx.saved_tensors, *ctx.settings[:-1], needed[0])
+    return of_input if needed[0] else None, *others, None, None, None, None, None, None
+
+
+def _step_by_step(
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    window: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same in PyTorch's own differentiable steps."""
+    input, weight, c = (x.to(alpha.dtype) for x in (input, weight, c))
+    push = F.conv2d(input, weight, None, stride, padding, dilation, groups)
+    sums = input.unflatten(1, (groups, -1)).sum(2)
+    sums = F.conv2d(sums, c.new_ones(groups, 1, *weight.shape[2:]), None, stride, padding, dilation, groups)
+    pull = c.view(-1, 1, 1) * sums.repeat_interleave(len(c) // groups, 1) - push
+    pull = F.avg_pool2d(pull, window, 1, window // 2, count_include_pad=False)
+    return (F.relu(push) - alpha.view(-1, 1, 1) * F.relu(pull)).to(dtype)
+
+
+_push_pull.register_autograd(_differentiate, setup_context=_setup_context)
