@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from timm_pushpull import prime as prime_module
-from timm_pushpull.bench_prime import _peak_bytes, _plain_prime, bench_prime
+from timm_pushpull.bench import peak_bytes
+from timm_pushpull.bench_prime import _plain_prime, bench_prime
 from timm_pushpull.prime import (
     PRIME,
     PrimeDraw,
@@ -497,7 +498,7 @@ def test_bench_counts_the_peak():
         (torch.ones(2000, 1000) + 1).sum()
         return kept.sum()
 
-    assert _peak_bytes(work, torch.device('cpu')) == pytest.approx(20e6, rel=0.01)
+    assert peak_bytes(work, torch.device('cpu')) == pytest.approx(20e6, rel=0.01)
 
 
 def test_bench_compares_with_the_same_augmentation():

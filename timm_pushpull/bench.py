@@ -1,5 +1,6 @@
-"""Times as ratios: two ways to do the same, measured alternately in one process."""
+"""Time and memory of ways to do the same, measured alternately in one process and told as ratios."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ['Ratio', 'seconds']
+__all__ = ['Ratio', 'peak_bytes', 'seconds']
 
 
 class Ratio(NamedTuple):
@@ -64,3 +65,29 @@ def seconds(work: Callable[[], Any], device: str | torch.device) -> float:
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def peak_bytes(work: Callable[[], Any], device: str | torch.device) -> int:
+    """Measure the most memory that one call holds at a time beside what is there before.
+
+    Args:
+        work: What is measured.
+        device: Where it runs. On a GPU it is the peak that PyTorch's allocator counts; on the CPU the highest sum of
+            what the allocator gave out and took back, from the events of PyTorch's profiler.
+
+    Returns:
+        Bytes.
+    """
+    device = torch.device(device)
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == '[memory]')
+    return max(itertools.accumulate(change for _, change in changes))

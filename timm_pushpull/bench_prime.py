@@ -1,6 +1,5 @@
 """Benchmark of PRIME: a ratio of times and of memory, measured in one run, alternately, in one process."""
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .bench import Ratio, seconds
+from .bench import Ratio, peak_bytes, seconds
 from .prime import MAX_DEPTH, PRIME, WIDTH, temperature_range
 
 __all__ = ['Memory', 'bench_prime']
@@ -38,9 +37,8 @@ def bench_prime(
     """Compare PRIME with its plain formulation, which applies every family to every image at every step.
 
     The plain formulation does the work of the published implementation, where a step shares one displacement field
-    between all images: it has fewer fields to make. Times are of a whole call, the draw included. Memory on a GPU is
-    the peak that PyTorch's allocator counts; on the CPU it is the highest sum of what the allocator gave out and took
-    back during one call, from the events of PyTorch's profiler.
+    between all images: it has fewer fields to make. Times are of a whole call, the draw included; memory is that of
+    :func:`timm_pushpull.bench.peak_bytes`.
 
     Args:
         batch_size: RGB images at a time.
@@ -62,28 +60,13 @@ def bench_prime(
     images = torch.rand(batch_size, 3, img_size, img_size, device=device)
     ways: list[Callable[[], Tensor]] = [lambda: prime(images), lambda: _plain_prime(prime, images)]
 
-    peak, plain_peak = (_peak_bytes(way, images.device) for way in ways)  # the first calls: they warm up as well
+    peak, plain_peak = (peak_bytes(way, images.device) for way in ways)  # the first calls: they warm up as well
     times: list[list[float]] = [[], []]
     for _ in tqdm(range(rounds), desc='bench'):
         for of_way, way in zip(times, ways, strict=True):
             of_way.append(seconds(way, images.device))
     name = f'PRIME, {preset}, {batch_size} x {img_size} x {img_size} on {device}: timm-pushpull over all families'
     return Ratio.of(f'{name}, time', *times), Memory(f'{name}, memory', peak, plain_peak, peak / plain_peak)
-
-
-def _peak_bytes(work: Callable[[], Tensor], device: torch.device) -> int:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == '[memory]')
-    return max(itertools.accumulate(change for _, change in changes))
 
 
 @torch.no_grad()

@@ -139,12 +139,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_robustness.add_argument('--batch-size', type=int, default=64, metavar='N')
     of_robustness.add_argument('--workers', type=int, default=2, metavar='N')
     of_robustness.set_defaults(run=_bench_robustness)
+    of_networks = benches.add_parser('networks', help="push-pull networks beside timm's plain ones")
+    of_networks.add_argument('--networks', nargs='+', default=['resnet18', 'resnet50'], metavar='NAME')
+    of_networks.add_argument('--batch-size', type=int, default=16, metavar='N')
+    of_networks.add_argument('--img-size', type=int, default=224, metavar='N')
+    of_networks.add_argument('--amp', action='store_true', help='bfloat16 by autocast')
+    of_networks.add_argument('--torchcompile', action='store_true', help='compiled')
+    of_networks.add_argument('--output', metavar='FILE', help='CSV of all figures')
+    of_networks.set_defaults(run=_bench_networks)
     of_prime = benches.add_parser('prime', help='PRIME beside its plain formulation')
     of_prime.add_argument('--preset', default='imagenet', metavar='NAME', help='imagenet or cifar')
     of_prime.add_argument('--img-size', type=int, default=224, metavar='N')
     of_prime.add_argument('--batch-size', type=int, default=32, metavar='N')
     of_prime.set_defaults(run=_bench_prime)
-    for parser_of_one in (of_robustness, of_prime):
+    for parser_of_one in (of_robustness, of_networks, of_prime):
         parser_of_one.add_argument('--rounds', type=int, default=5, metavar='N')
         parser_of_one.add_argument('--device', default='cpu')
 
@@ -321,6 +329,29 @@ def _bench_robustness(args: argparse.Namespace) -> None:
     ratios = bench_robustness(args.model, args.images, args.rounds, args.batch_size, args.workers, args.device)
     for ratio in ratios:
         print(ratio.in_words())
+
+
+def _bench_networks(args: argparse.Namespace) -> None:
+    from timm.models import is_model
+
+    from .bench_networks import bench_networks, write_comparisons
+
+    for name in args.networks:
+        if not is_model(f'pp_{name}'):
+            raise ValueError(f'--networks must name networks that have a push-pull one, {name} has none.')
+    print('time and peak memory over the plain network, median (range of the rounds)')
+    print(f'{"":<31} {"timm-pushpull":>19} {"plain formulation":>19}  memory')
+    found = []
+    for row in bench_networks(
+        args.networks, args.batch_size, args.img_size, args.rounds, args.device, args.amp, args.torchcompile
+    ):
+        found.append(row)
+        ours = f'{row.time:.2f} ({row.time_low:.2f} to {row.time_high:.2f})'
+        theirs = f'{row.reference_time:.2f} ({row.reference_time_low:.2f} to {row.reference_time_high:.2f})'
+        memory = f'{row.memory:.2f}, {row.reference_memory:.2f}'
+        print(f'{row.what:<15} {row.use:<10} {row.memory_format} {ours:>19} {theirs:>19}  {memory}')
+    if args.output:
+        write_comparisons(args.output, found)
 
 
 def _bench_prime(args: argparse.Namespace) -> None:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .augment import augment_in_training
@@ -17,6 +23,7 @@ from .hub import fetch_weights, hub_configs, read_hub_models
 from .prime import PRIME
 from .published import allow_paths_in_checkpoints, rename_published
 from .pushpull_conv import PushPullConv2d
+from .stem_pieces import runs_in_pieces, stem_in_pieces
 
 __all__ = ['PushPullResNet']
 
@@ -99,6 +106,21 @@ class PushPullResNet(ResNet):
         for stage in self.feature_info:
             info: dict[str, Any] = stage
             info['reduction'] //= 2 if info['module'] == 'act1' else 4
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply what comes before the first stage; in inference on a CPU image by image."""
+        if not torch.jit.is_scripting():
+            stem: Any = (self.conv1, self.bn1, self.act1, self.maxpool)
+            if runs_in_pieces(stem, x):
+                return stem_in_pieces(stem, x)
+        return self.maxpool(self.act1(self.bn1(self.conv1(x))))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """As timm's ResNet."""
+        x = self.forward_stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[operator]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Renamed here too, because timm's `--initial-checkpoint` knows no filter function.

@@ -1,0 +1,43 @@
+import csv
+
+import pytest
+
+from timm_pushpull.bench_networks import Comparison, bench_networks
+from timm_pushpull.cli import main
+
+
+def test_comparisons():
+    rows = list(bench_networks(['resnet18'], batch_size=2, img_size=64, rounds=2))
+    cases = [(what, form, use) for what in ('stem', 'resnet18') for form in ('nchw', 'nhwc') for use in USES]
+    assert [(row.what, row.memory_format, row.use) for row in rows] == cases
+    for row in rows:
+        assert row.time_low <= row.time <= row.time_high and row.plain_seconds > 0
+        assert row.reference_time_low <= row.reference_time <= row.reference_time_high
+
+
+USES = ('inference', 'training')
+
+
+def test_memory_of_the_stem():
+    rows = {(row.memory_format, row.use): row for row in bench_networks(['resnet18'], 8, 128, 1) if row.what == 'stem'}
+    for row in rows.values():
+        # The plain formulation holds several maps more; the fast one works in pieces of the batch.
+        assert row.memory < row.reference_memory
+    assert rows['nhwc', 'inference'].memory < 1
+
+
+def test_command(tmp_path, capsys):
+    options = ['--batch-size', '2', '--img-size', '32', '--rounds', '1', '--output', str(tmp_path / 'bench.csv')]
+    assert main(['bench', 'networks', '--networks', 'resnet18', *options]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 8
+    with open(tmp_path / 'bench.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 and tuple(rows[0]) == Comparison._fields
+    assert main(['bench', 'networks', '--networks', 'vgg11']) == 2
+    assert 'vgg11 has none' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('amp, torchcompile', [(True, False)])
+def test_precision(amp, torchcompile):
+    row = next(iter(bench_networks(['resnet18'], 2, 32, 1, amp=amp, torchcompile=torchcompile)))
+    assert (row.precision, row.compiled) == ('bfloat16', False)

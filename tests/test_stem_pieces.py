@@ -1,0 +1,59 @@
+"""The stem image by image: the same features, and only where nobody can tell."""
+
+import pytest
+import timm
+import torch
+
+from timm_pushpull import pushpull_resnet
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Counts the batches whose stem was computed in pieces."""
+    counted = []
+    in_pieces = pushpull_resnet.stem_in_pieces
+    monkeypatch.setattr(pushpull_resnet, 'stem_in_pieces', lambda stem, x: counted.append(x) or in_pieces(stem, x))
+    return counted
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('settings', [{}, {'replace_stem_pool': True}, {'stem_type': 'cifar'}, {'avg_pool_size': 0}], ids=str)
+def test_the_same_features(settings, memory_format, pieces):
+    model = timm.create_model('pp_resnet18', num_classes=10, **settings).to(memory_format=memory_format)
+    x = torch.randn(3, 3, 66, 50).to(memory_format=memory_format)
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)  # running statistics unlike the initial ones
+    model.eval()
+    expected = model(x)
+    assert pieces == []
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        stem = model.forward_stem(x)
+    assert len(pieces) == 2 and stem.is_contiguous(memory_format=memory_format)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert model.forward_stem(x).dtype == torch.bfloat16 and len(pieces) == 3
+
+
+def test_where_it_would_be_noticed_it_is_not_in_pieces(pieces):
+    x = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        timm.create_model('pp_resnet18').train()(x)
+        timm.create_model('pp_resnet18', push_pull=False).eval()(x)
+        timm.create_model('pp_resnet18').eval()(x[:1])
+        model = timm.create_model('pp_resnet18').eval()
+        model.bn1.train()
+        model(x)
+        model.bn1.eval()
+        seen = []
+        hook = model.bn1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        model(x)
+        assert [len(output) for output in seen] == [3]
+        hook.remove()
+        timm.create_model('pp_resnet18', norm_layer=torch.nn.InstanceNorm2d).eval()(x)
+        torch.jit.script(model)(x)
+        assert pieces == []
+        model(x)
+        assert len(pieces) == 1
+    model(x).sum().backward()
+    assert len(pieces) == 1 and model.conv1.weight.grad is not None
