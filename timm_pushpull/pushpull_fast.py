@@ -25,6 +25,11 @@ __all__ = ['fast_push_pull_conv2d', 'is_fast']
 
 aten = torch.ops.aten
 
+# Arguments that the two operators share; before torch 2.7 they cannot be inferred from Sequence[int].
+SHARED = (
+    'Tensor input, Tensor weight, Tensor c, Tensor alpha, '
+    'SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt window'
+)
 CHUNK_BYTES = 4 << 20  # of the push response: as much as stays in cache from one step to the next
 
 
@@ -176,7 +181,9 @@ def _empty(like: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((batch_size, *like.shape[1:]), dtype=dtype, device=like.device, memory_format=memory_format)
 
 
-@torch.library.custom_op('timm_pushpull::push_pull_conv2d', mutates_args=())
+@torch.library.custom_op(
+    'timm_pushpull::push_pull_conv2d', mutates_args=(), schema=f'({SHARED}, ScalarType dtype) -> Tensor'
+)
 def _push_pull(
     input: Tensor,
     weight: Tensor,
@@ -222,7 +229,11 @@ def _(
     return _empty(push, len(push), dtype)
 
 
-@torch.library.custom_op('timm_pushpull::push_pull_conv2d_backward', mutates_args=())
+@torch.library.custom_op(
+    'timm_pushpull::push_pull_conv2d_backward',
+    mutates_args=(),
+    schema=f'(Tensor gradient, {SHARED}, bool needs_input) -> (Tensor, Tensor, Tensor, Tensor)',
+)
 def _push_pull_backward(
     gradient: Tensor,
     input: Tensor,
