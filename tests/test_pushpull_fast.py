@@ -154,12 +154,12 @@ def test_the_operators_keep_their_promises(memory_format):
     x = torch.randn(3, 3, 9, 9).to(memory_format=memory_format).requires_grad_()
     weight = torch.randn(8, 3, 3, 3).to(memory_format=memory_format).requires_grad_()
     c, alpha = torch.randn(8, dtype=torch.double, requires_grad=True), torch.rand(8, requires_grad=True)
-    geometry = ([1, 1], [1, 1], [1, 1], 1, 3)
+    geometry = [1, 1, 1, 1, 1, 1, 1, 3]
     tests = ('test_schema', 'test_faketensor', 'test_autograd_registration')
-    torch.library.opcheck(fast._push_pull, (x, weight, c, alpha, *geometry, torch.float32), test_utils=tests)
+    torch.library.opcheck(fast._push_pull, (x, weight, c, alpha, geometry, torch.float32), test_utils=tests)
     inputs = [tensor.detach() for tensor in (torch.randn(3, 8, 9, 9), x, weight, c, alpha)]
     for needs_input in (True, False):
-        torch.library.opcheck(fast._push_pull_backward, (*inputs, *geometry, needs_input), test_utils=tests[:2])
+        torch.library.opcheck(fast._push_pull_backward, (*inputs, geometry, needs_input), test_utils=tests[:2])
 
 
 def test_nothing_is_kept_for_the_backward_pass():

@@ -16,6 +16,7 @@ convolution does not keep. Both are custom operators: ``torch.compile`` sees one
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,7 @@ __all__ = ['fast_push_pull_conv2d', 'is_fast']
 aten = torch.ops.aten
 
 # Arguments that the two operators share; before torch 2.7 they cannot be inferred from Sequence[int].
-SHARED = (
-    'Tensor input, Tensor weight, Tensor c, Tensor alpha, '
-    'SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, SymInt window'
-)
+SHARED = 'Tensor input, Tensor weight, Tensor c, Tensor alpha, SymInt[] geometry'
 CHUNK_BYTES = 4 << 20  # of the push response: as much as stays in cache from one step to the next
 
 
@@ -97,7 +95,14 @@ def fast_push_pull_conv2d(
     c = wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64)
     alpha = alpha.to(_computing_dtype(weight)).expand(weight.shape[0])
-    return _push_pull(input, weight, c, alpha, stride, padding, dilation, groups, max(avg_pool_size, 1), dtype)
+    geometry = [*stride, *padding, *dilation, groups, max(avg_pool_size, 1)]
+    return _push_pull(input, weight, c, alpha, geometry, dtype)
+
+
+def _unpack(geometry: Sequence[int]) -> tuple[dict[str, Any], int]:
+    """The arguments of a convolution, and the averaging window."""
+    *_, groups, window = geometry
+    return dict(stride=geometry[0:2], padding=geometry[2:4], dilation=geometry[4:6], groups=groups), window
 
 
 def _computing_dtype(weight: Tensor) -> torch.dtype:
@@ -112,14 +117,11 @@ class _Pieces:
         input: Tensor,
         weight: Tensor,
         c: Tensor,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        window: int,
+        geometry: Sequence[int],
     ) -> None:
-        self.input, self.groups, self.window = input, groups, window
-        self.geometry = (stride, padding, dilation)
+        self.input = input
+        self.conv, self.window = _unpack(geometry)
+        self.groups = groups = self.conv['groups']
         dtype = _computing_dtype(weight)
         wide = weight.double()
         self.centred = (wide - wide.mean((1, 2, 3), keepdim=True)).to(dtype)
@@ -129,10 +131,10 @@ class _Pieces:
         self.c_without_mean = (c - mean).to(dtype).view(groups, -1, 1, 1)
         self.ones = self.centred.new_ones(groups, 1, *weight.shape[2:])
         self.channel_sums = input.to(dtype).unflatten(1, (groups, -1)).sum(2)
-        self.sums = F.conv2d(self.channel_sums, self.ones, None, *self.geometry, groups)
-        self.box_sums = _box(self.sums, window, torch.empty_like(self.sums), torch.empty_like(self.sums))
+        self.sums = F.conv2d(self.channel_sums, self.ones, **self.conv)
+        self.box_sums = _box(self.sums, self.window, torch.empty_like(self.sums), torch.empty_like(self.sums))
         counts = torch.ones_like(self.sums[:1, :1])
-        self.inverse_counts = 1 / _box(counts, window, torch.empty_like(counts), torch.empty_like(counts))
+        self.inverse_counts = 1 / _box(counts, self.window, torch.empty_like(counts), torch.empty_like(counts))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Yield for each piece its place, its input, P, and -Q times the number of values in the window."""
@@ -142,7 +144,7 @@ class _Pieces:
         for start in range(0, len(self.input), size):
             piece = slice(start, start + size)
             x = self.input[piece].to(self.centred.dtype)
-            push = F.conv2d(x, self.centred, None, *self.geometry, self.groups)
+            push = F.conv2d(x, self.centred, **self.conv)
             if memory is None:
                 memory = torch.empty_like(push), torch.empty_like(push)
             pull = _box(push, self.window, *(buffer[: len(push)] for buffer in memory))
@@ -189,15 +191,11 @@ def _push_pull(
     weight: Tensor,
     c: Tensor,
     alpha: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    window: int,
+    geometry: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
     with torch.autocast('cpu', enabled=False):
-        pieces = _Pieces(input, weight, c, stride, padding, dilation, groups, window)
+        pieces = _Pieces(input, weight, c, geometry)
         output = strength = None
         for piece, _, push, pull in pieces:
             if output is None or strength is None:
@@ -218,14 +216,11 @@ def _(
     weight: Tensor,
     c: Tensor,
     alpha: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    window: int,
+    geometry: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    push = F.conv2d(input.to(alpha.dtype), weight.to(alpha.dtype), None, stride, padding, dilation, groups)
+    conv, _ = _unpack(geometry)
+    push = F.conv2d(input.to(alpha.dtype), weight.to(alpha.dtype), **conv)
     return _empty(push, len(push), dtype)
 
 
@@ -240,15 +235,12 @@ def _push_pull_backward(
     weight: Tensor,
     c: Tensor,
     alpha: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    window: int,
+    geometry: Sequence[int],
     needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast('cpu', enabled=False):
-        pieces = _Pieces(input, weight, c, stride, padding, dilation, groups, window)
+        pieces = _Pieces(input, weight, c, geometry)
+        groups, window = pieces.groups, pieces.window
         of_input = torch.zeros_like(input) if needs_input else input.new_empty(0)
         of_weight = torch.zeros_like(pieces.centred)
         of_c, of_alpha = torch.zeros_like(c), torch.zeros_like(alpha)
@@ -257,9 +249,8 @@ def _push_pull_backward(
         c_by_strength = pieces.c_without_mean * strength.view_as(pieces.c_without_mean)
 
         def backward(of_output: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> Sequence[Tensor]:
-            return aten.convolution_backward(
-                of_output, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
-            )
+            shape = (pieces.conv[key] for key in ('stride', 'padding', 'dilation'))
+            return aten.convolution_backward(of_output, x, w, None, *shape, False, [0, 0], groups, mask)
 
         memory = None
         for piece, x, push, pull in pieces:
@@ -296,11 +287,7 @@ def _(
     weight: Tensor,
     c: Tensor,
     alpha: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    window: int,
+    geometry: Sequence[int],
     needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of_input = torch.empty_like(input) if needs_input else input.new_empty(0)
@@ -309,18 +296,18 @@ def _(
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.settings = inputs[4:]  # type: ignore[attr-defined]
+    ctx.geometry, ctx.dtype = inputs[4:]  # type: ignore[attr-defined]
 
 
 def _differentiate(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    needed = ctx.needs_input_grad[:4]
+    needed, (input, weight, c, alpha) = ctx.needs_input_grad[:4], ctx.saved_tensors
     if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
-        output = _step_by_step(*ctx.saved_tensors, *ctx.settings)
-        wanted = [x for x, need in zip(ctx.saved_tensors, needed, strict=True) if need]
+        output = _step_by_step(input, weight, c, alpha, ctx.geometry, ctx.dtype)
+        wanted = [x for x, need in zip((input, weight, c, alpha), needed, strict=True) if need]
         found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
-        return *(next(found) if need else None for need in needed), None, None, None, None, None, None
-    of_input, *others = _push_pull_backward(gradient, *ctx.saved_tensors, *ctx.settings[:-1], needed[0])
-    return of_input if needed[0] else None, *others, None, None, None, None, None, None
+        return *(next(found) if need else None for need in needed), None, None
+    of_input, *others = _push_pull_backward(gradient, input, weight, c, alpha, ctx.geometry, needed[0])
+    return of_input if needed[0] else None, *others, None, None
 
 
 def _step_by_step(
@@ -328,18 +315,16 @@ def _step_by_step(
     weight: Tensor,
     c: Tensor,
     alpha: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    window: int,
+    geometry: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
     """The same in PyTorch's own differentiable steps."""
+    conv, window = _unpack(geometry)
+    groups = conv['groups']
     input, weight, c = (x.to(alpha.dtype) for x in (input, weight, c))
-    push = F.conv2d(input, weight, None, stride, padding, dilation, groups)
+    push = F.conv2d(input, weight, **conv)
     sums = input.unflatten(1, (groups, -1)).sum(2)
-    sums = F.conv2d(sums, c.new_ones(groups, 1, *weight.shape[2:]), None, stride, padding, dilation, groups)
+    sums = F.conv2d(sums, c.new_ones(groups, 1, *weight.shape[2:]), **conv)
     pull = c.view(-1, 1, 1) * sums.repeat_interleave(len(c) // groups, 1) - push
     pull = F.avg_pool2d(pull, window, 1, window // 2, count_include_pad=False)
     return (F.relu(push) - alpha.view(-1, 1, 1) * F.relu(pull)).to(dtype)
