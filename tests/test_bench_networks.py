@@ -34,7 +34,9 @@ def test_command(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and tuple(rows[0]) == Comparison._fields
     assert main(['bench', 'networks', '--networks', 'vgg11']) == 2
-    assert 'vgg11 has none' in capsys.readouterr().err
+    assert 'must be of resnet18, resnet34, ' in capsys.readouterr().err
+    assert main(['bench', 'networks', '--rounds', '0']) == 2
+    assert main(['bench', 'networks', '--device', 'nope']) == 2
 
 
 @pytest.mark.parametrize('amp, torchcompile', [(True, False)])

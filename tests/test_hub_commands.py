@@ -132,7 +132,9 @@ def test_rounded_weights_and_what_they_cost(dtype, run, data, tmp_path):
         assert weights[key].dtype == rounded.dtype and torch.equal(weights[key], rounded)
     before, after = (
         float(number)
-        for number in re.search(r'accuracy from ([\d.]+) to ([\d.]+) %', (folder / CARD).read_text()).groups()
+        for number in re.search(
+            r'accuracy on 4 pictures from ([\d.]+) to ([\d.]+) %', (folder / CARD).read_text()
+        ).groups()
     )
     transform = timm.data.create_transform((3, 32, 32), crop_pct=1.0, mean=(0.5,) * 3, interpolation='bilinear')
     pictures = [(transform(Image.open(path)), path.parent.name) for path in sorted((data / 'val').rglob('*.png'))]
@@ -172,7 +174,10 @@ def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
     folder = export(run, tmp_path, '--results', str(tmp_path / 'results'))
     card = ModelCard.load(folder / CARD)
     assert all(corruption.replace('_', ' ') in card.text for corruption in TEST_CORRUPTIONS)
-    assert '--data-dir DATA --output results --severities 3\n' in card.text and '4 pictures of 2 classes' in card.text
+    assert (
+        '--data-dir DATA --output results --limit 4 --severities 3\n' in card.text
+        and '4 pictures of 2 classes' in card.text
+    )
     summary = (tmp_path / 'results' / 'summary.csv').read_text().splitlines()
     row = dict(zip(summary[0].split(','), summary[1].split(','), strict=True))
     results = {result.metric_name: result.metric_value for result in card.data.eval_results}
@@ -198,9 +203,12 @@ def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
 def test_export_refuses(run, tmp_path, capsys):
     checkpoint = run / 'last.pth.tar'
     shutil.copy(checkpoint, tmp_path)
+    (run / 'text.pth.tar').write_text('hello')
     for arguments, words in [
         ((tmp_path / 'none.pth.tar', '--tag', TAG), 'must be a file of train.py'),
         ((tmp_path / 'last.pth.tar', '--tag', TAG), 'must lie beside the args.yaml'),
+        ((checkpoint, '--tag', 'pp_resnet18.a b'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18.a b'"),
+        ((run / 'text.pth.tar', '--tag', TAG), 'cannot be read as a checkpoint'),
         ((checkpoint, '--tag', 'pp_resnet18'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18'"),
         ((checkpoint, '--tag', 'pp_resnet50.x'), 'is of pp_resnet18, not of pp_resnet50'),
         ((checkpoint, '--tag', TAG, '--data-dir', tmp_path / 'none'), '--data-dir must be a folder'),

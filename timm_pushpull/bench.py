@@ -1,8 +1,10 @@
 """Time and memory of ways to do the same, measured alternately in one process and told as ratios."""
 
+import contextlib
 import itertools
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,9 +87,23 @@ def peak_bytes(work: Callable[[], Any], device: str | torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _silent_libraries(), profiler as profile:
         work()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = profile.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == '[memory]')
     return max(itertools.accumulate(change for _, change in changes))
+
+
+@contextlib.contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Send standard error nowhere, below Python: the profiler's library tells there when it starts and stops."""
+    kept = os.dup(2)
+    with open(os.devnull, 'wb') as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

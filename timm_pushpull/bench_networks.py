@@ -1,4 +1,4 @@
-"""Benchmark of the push-pull networks: time and memory beside timm's plain networks and the plain formulation."""
+"""Benchmark of the push-pull networks: time and memory beside timm's networks and the published formulation."""
 
 import copy
 import csv
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
     time_low: float
     time_high: float
     reference_time: float
-    """Time of the plain formulation of the unit over that of the plain network."""
+    """Time with the published formulation of the unit, two convolutions, over that of the plain network."""
     reference_time_low: float
     reference_time_high: float
     memory: float
@@ -70,7 +70,13 @@ def bench_networks(
 
     Yields:
         One comparison after the other.
+
+    Raises:
+        ValueError: If a number is not positive.
     """
+    for argument, value in (('batch_size', batch_size), ('img_size', img_size), ('rounds', rounds)):
+        if value < 1:
+            raise ValueError(f'{argument} must be at least 1, got {value}.')
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     for name in networks:
         models: dict[str, Any] = {

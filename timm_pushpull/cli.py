@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     export = actions.add_parser('export', help="make a model's folder of a checkpoint of train.py")
     export.add_argument('checkpoint', metavar='CHECKPOINT', help='with the args.yaml of its run beside it')
     export.add_argument('--tag', required=True, metavar='NAME', help='architecture.tag, such as pp_resnet18.pp3_in1k')
+    export.add_argument('--org', metavar='NAME', help='organisation or user that will publish it, for the model card')
     export.add_argument('--output', default='hub_configs', metavar='FOLDER', help='holds the folder NAME (%(default)s)')
     export.add_argument('--results', metavar='FOLDER', help='of timm-pushpull robustness, for the model card')
     export.add_argument('--use-ema', action='store_true', help='EMA weights of the checkpoint')
@@ -282,6 +283,7 @@ def _recipes(args: argparse.Namespace) -> None:
 def _hub_export(args: argparse.Namespace) -> None:
     import torch
 
+    from .hub import HUB_ORG
     from .hub_export import export_checkpoint
 
     folder = export_checkpoint(
@@ -292,6 +294,7 @@ def _hub_export(args: argparse.Namespace) -> None:
         use_ema=args.use_ema,
         dtype=getattr(torch, args.dtype),
         dataset=_create_dataset(args) if args.data_dir or args.dataset else None,
+        org=args.org or HUB_ORG,
         workers=args.workers,
         progress=True,
     )
@@ -332,15 +335,19 @@ def _bench_robustness(args: argparse.Namespace) -> None:
 
 
 def _bench_networks(args: argparse.Namespace) -> None:
-    from timm.models import is_model
+    import torch
+    from timm.models import is_model, list_models
 
     from .bench_networks import bench_networks, write_comparisons
 
     for name in args.networks:
         if not is_model(f'pp_{name}'):
-            raise ValueError(f'--networks must name networks that have a push-pull one, {name} has none.')
-    print('time and peak memory over the plain network, median (range of the rounds)')
-    print(f'{"":<31} {"timm-pushpull":>19} {"plain formulation":>19}  memory')
+            known = ', '.join(known.removeprefix('pp_') for known in list_models('pp_*', exclude_filters='*_cifar'))
+            raise ValueError(f'--networks must be of {known}, got {name}.')
+    with _refused_by_timm(f'--device {args.device}'):
+        torch.zeros(0, device=args.device)
+    print("over timm's network: time of ours and of the published formulation, median (range), and peak memory of both")
+    print(f'{"":<31} {"ours":>19} {"published":>19}  memory')
     found = []
     for row in bench_networks(
         args.networks, args.batch_size, args.img_size, args.rounds, args.device, args.amp, args.torchcompile

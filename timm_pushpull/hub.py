@@ -134,7 +134,10 @@ def fetch_weights(repo_id: str, sha256: str, cache_dir: str | os.PathLike[str] |
         path = hf_hub_download(repo_id, WEIGHTS, cache_dir=cache, library_name='timm-pushpull')
     except OSError as error:  # all that huggingface_hub raises for the network, the server and the disk
         reasons = dict.fromkeys(' '.join(str(each).split()) for each in (error, error.__cause__) if each is not None)
-        raise OSError(f'The weights of {repo_id} could not be fetched: {" ".join(reasons)}') from error
+        raise OSError(
+            f'The weights of {repo_id} could not be fetched: {" ".join(reasons)} '
+            "A copy of its folder loads as timm.create_model('local-dir:FOLDER', pretrained=True)."
+        ) from error
     found = file_sha256(path)
     if found == sha256:
         return path

@@ -4,6 +4,7 @@ import argparse
 import copy
 import math
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ import yaml
 from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 
-from .hub import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256
-from .model_card import Evaluation, model_card
+from .hub import CARD, CHECKSUM, CONFIG, HUB_ORG, RECIPE, WEIGHTS, file_sha256
+from .model_card import Evaluation, Rounding, model_card
 from .pictures import DatasetPictures, find_class_map
 from .results import read_answers, read_baseline, read_csv, read_protocol, summarize
 from .robustness import evaluate_robustness, hash_weights
@@ -33,6 +34,7 @@ def export_checkpoint(
     use_ema: bool = False,
     dtype: torch.dtype = torch.float32,
     dataset: Any = None,
+    org: str = HUB_ORG,
     **measurement: Any,
 ) -> Path:
     """Write a model's folder: configuration, recipe, weights, their checksum and the model card.
@@ -49,6 +51,7 @@ def export_checkpoint(
         dtype: Of the weights: float32, float16 or bfloat16.
         dataset: Clean pictures (``timm.data.create_dataset`` without a transform), to name the classes and to measure
             what rounding the weights changes.
+        org: Organisation or user on the Hub that will publish the folder, for the card.
         **measurement: ``device``, ``batch_size``, ``workers`` and ``progress`` of that, as for ``evaluate_robustness``.
 
     Returns:
@@ -71,7 +74,7 @@ def export_checkpoint(
     if dataset is not None:
         labels = DatasetPictures(dataset).classes
         if dtype != torch.float32:
-            top1 = _top1({'float32': model, 'rounded': rounded}, dataset, **measurement)
+            top1 = _measure_rounding(model, rounded, dataset, **measurement)
     if results is not None:
         evaluation = _read_evaluation(Path(results), name, model, rounded)
         labels = [row['name'] for row in read_csv(Path(results) / 'classes.csv')]
@@ -102,8 +105,9 @@ def export_checkpoint(
             weights=str(dtype).removeprefix('torch.') + (', the running average (EMA) of the training' * use_ema),
             recipe=recipe,
             departures=_departures(yaml.safe_load(recipe), options),
-            labelled='label_names' in label_config,
-            top1_by_rounding=top1,
+            label_config=label_config,
+            org=org,
+            rounding=top1,
             evaluation=evaluation,
         )
         (written / CARD).write_text(str(card), encoding='utf-8')
@@ -122,8 +126,11 @@ def _read_options(checkpoint: Path, name: str) -> dict[str, Any]:
         raise ValueError(f'{checkpoint} must lie beside the {RECIPE} that train.py wrote for it; there is none.')
     options = yaml.safe_load(path.read_text())
     architecture, _, tag = name.partition('.')
-    if not tag or not is_model(architecture):
-        raise ValueError(f'tag must be that of a network, such as pp_resnet18.pp3_in1k, got {name!r}.')
+    if not re.fullmatch(r'\w+', tag, re.ASCII) or not is_model(architecture):
+        raise ValueError(
+            'tag must be the name of a network, a point, and letters, digits or underscores of your own, such as '
+            f'pp_resnet18.pp3_in1k, got {name!r}.'
+        )
     if options['model'].partition('.')[0] != architecture:
         raise ValueError(f'{checkpoint} is of {options["model"]}, not of {architecture}.')
     return options
@@ -147,11 +154,13 @@ def _build(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _load(model: nn.Module, checkpoint: Path, use_ema: bool) -> None:
-    if use_ema:
+    try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # train.py's options, which it keeps inside too
-            content = torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)
-        if 'state_dict_ema' not in content:
-            raise ValueError(f'{checkpoint} holds no running average of weights: it was trained without --model-ema.')
+            content = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    except Exception as error:  # of many kinds, by what is wrong with the file
+        raise ValueError(f'{checkpoint} cannot be read as a checkpoint: {" ".join(str(error).split())}') from error
+    if use_ema and 'state_dict_ema' not in content:
+        raise ValueError(f'{checkpoint} holds no running average of weights: it was trained without --model-ema.')
     try:
         load_checkpoint(model, str(checkpoint), use_ema)
     except RuntimeError as error:
@@ -177,11 +186,12 @@ def _label_config(labels: Sequence[str]) -> dict[str, Any]:
     return {'label_names': list(labels), 'label_descriptions': descriptions}
 
 
-def _top1(models: Mapping[str, nn.Module], dataset: Any, **measurement: Any) -> tuple[float, ...]:
+def _measure_rounding(model: nn.Module, rounded: nn.Module, dataset: Any, **measurement: Any) -> Rounding:
     with tempfile.TemporaryDirectory() as folder:
+        models = {'float32': model, 'rounded': rounded}
         rows = evaluate_robustness(models, folder, dataset, corruptions=(), **measurement)
     accuracy = {row['model']: row['top1'] for row in rows}
-    return tuple(accuracy[name] for name in models)
+    return Rounding(accuracy['float32'], accuracy['rounded'], len(DatasetPictures(dataset).targets))
 
 
 def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Module) -> Evaluation:
@@ -196,7 +206,7 @@ def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Mod
                 return Evaluation(protocol, rows[label], rows.get(rows[label]['baseline']), of == 'stored')
     raise ValueError(
         f'{results} holds no results of these weights, its models are {", ".join(labels.values())}: measure them by '
-        f'timm-pushpull robustness {name}, from the checkpoint or the exported folder (local-dir:FOLDER).'
+        f'timm-pushpull robustness {name}=local-dir:FOLDER, FOLDER being the exported one.'
     )
 
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .hub import CHECKSUM, HUB_ORG, RECIPE, WEIGHTS
+from .hub import CHECKSUM, HUB_ORG, RECIPE, WEIGHTS, hub_configs
 from .measures import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
 from .report import MEANS
 
-__all__ = ['Evaluation', 'model_card']
+__all__ = ['Evaluation', 'Rounding', 'model_card']
 
 # Name of a data set, and its id on the Hub, by the last part of a tag.
 DATASETS = {
@@ -32,6 +32,14 @@ CITATION = """```bibtex
 ```"""
 
 
+class Rounding(NamedTuple):
+    """Top-1 accuracy in percent before and after the weights were rounded, and the number of pictures."""
+
+    before: float
+    after: float
+    images: int
+
+
 class Evaluation(NamedTuple):
     """What a results folder holds of the model."""
 
@@ -51,8 +59,9 @@ def model_card(
     weights: str,
     recipe: str,
     departures: str = '',
-    labelled: bool = False,
-    top1_by_rounding: tuple[float, ...] | None = None,
+    label_config: Mapping[str, Any] | None = None,
+    org: str = HUB_ORG,
+    rounding: Rounding | None = None,
     evaluation: Evaluation | None = None,
 ) -> ModelCard:
     """Write the card of a model.
@@ -64,8 +73,9 @@ def model_card(
         weights: What the weights are, in words.
         recipe: Content of ``args.yaml``.
         departures: Options of ``train.py`` in which the run differs from the recipe.
-        labelled: Whether ``config.json`` names the classes.
-        top1_by_rounding: Top-1 accuracy in percent, before and after the weights were rounded.
+        label_config: Names and descriptions of the classes in ``config.json``.
+        org: Organisation or user that publishes the model.
+        rounding: What rounding the weights changed.
         evaluation: Errors on clean and corrupted pictures.
 
     Returns:
@@ -85,6 +95,8 @@ def model_card(
     settings = ', '.join(f'`{key}={value}`' for key, value in model_args.items())
     size = 'x'.join(map(str, cfg['input_size'][1:]))
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    known = (hub_configs() / name).is_dir()
+    reference = name if known else f'hf-hub:{org}/{name}'
     sections = [
         f'# Model card for {name}',
         _description(recipe, model_args),
@@ -96,9 +108,9 @@ def model_card(
         f'std {_numbers(cfg["std"])}\n'
         f'- **Trained on:** {dataset or "see the recipe"}, {model.num_classes:,} classes\n'
         '- **Paper:** PushPull-Net, https://arxiv.org/abs/2408.04077',
-        *_results(name, evaluation, top1_by_rounding),
-        _usage(name, labelled),
-        _reproduction(name, departures),
+        *_results(name, reference, evaluation, rounding),
+        _usage(name, reference, label_config or {}),
+        _reproduction(name, known, departures),
         '## Licence\nApache-2.0, like timm. The licence of the pictures it was trained on may say more.',
         f'## Citation\n{CITATION}',
     ]
@@ -146,13 +158,15 @@ def _eval_results(evaluation: Evaluation | None, dataset: str | None, dataset_id
     ]
 
 
-def _results(name: str, evaluation: Evaluation | None, top1_by_rounding: tuple[float, ...] | None) -> list[str]:
-    rounding = ''
-    if top1_by_rounding is not None:
-        before, after = top1_by_rounding
-        rounding = f'Rounding the weights changed the top-1 accuracy from {before:.3f} to {after:.3f} %.'
+def _results(name: str, reference: str, evaluation: Evaluation | None, rounding: Rounding | None) -> list[str]:
+    change = []
+    if rounding is not None:
+        change.append(
+            f'Rounding the weights changed the top-1 accuracy on {rounding.images:,} pictures from '
+            f'{rounding.before:.3f} to {rounding.after:.3f} %.'
+        )
     if evaluation is None:
-        return [f'## Results\n{rounding}'] if rounding else []
+        return [f'## Results\n{change[0]}'] if change else []
     row, baseline = evaluation.row, evaluation.baseline
     rows = [row] if baseline is None or baseline == row else [row, baseline]
     labels = {mean: f'**{mean.replace("_", " ")}**' for mean in MEANS}
@@ -168,8 +182,8 @@ def _results(name: str, evaluation: Evaluation | None, top1_by_rounding: tuple[f
         f'## Results\n{_protocol_in_words(evaluation)}',
         '\n'.join(table),
         '\n'.join(words),
-        f'```bash\n{_robustness_command(name, evaluation)}\n```',
-        *([rounding] if rounding else []),
+        f'```bash\n{_robustness_command(reference, evaluation)}\n```',
+        *change,
     ]
 
 
@@ -193,20 +207,27 @@ def _protocol_in_words(evaluation: Evaluation) -> str:
     )
 
 
-def _robustness_command(name: str, evaluation: Evaluation) -> str:
-    corruptions, severities = evaluation.protocol['corruptions'], evaluation.row['severities'] or '1 2 3 4 5'
-    words = ['timm-pushpull robustness', name, '--data-dir DATA --output results']
+def _robustness_command(reference: str, evaluation: Evaluation) -> str:
+    data, corruptions, row = evaluation.protocol['data'], evaluation.protocol['corruptions'], evaluation.row
+    measured = [name for name in (*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS) if row.get(f'CE_{name}', '') != '']
+    words = ['timm-pushpull robustness', reference, '--data-dir DATA --output results', f'--limit {data["images"]}']
     if 'generated_by' not in corruptions:
         words.append('--stored FOLDER')
     elif corruptions['seed']:
         words.append(f'--seed {corruptions["seed"]}')
-    if severities != '1 2 3 4 5':
-        words.append(f'--severities {severities}')
+    if measured and measured != list(TEST_CORRUPTIONS):
+        words.append(f'--corruptions {" ".join(measured)}')
+    if row['severities'] not in ('', '1 2 3 4 5'):
+        words.append(f'--severities {row["severities"]}')
     return ' '.join(words)
 
 
-def _usage(name: str, labelled: bool) -> str:
-    answer = "model.pretrained_cfg['label_names'][place]" if labelled else 'int(place)'
+def _usage(name: str, reference: str, label_config: Mapping[str, Any]) -> str:
+    answer = 'int(place)'
+    if 'label_names' in label_config:
+        answer = "model.pretrained_cfg['label_names'][place]"
+    if 'label_descriptions' in label_config:
+        answer = f"model.pretrained_cfg['label_descriptions'][{answer}]"
     return f"""## Use
 With `pip install timm-pushpull`:
 
@@ -215,7 +236,7 @@ import timm
 import torch
 from PIL import Image
 
-model = timm.create_model('{name}', pretrained=True).eval()
+model = timm.create_model('{reference}', pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
 with torch.inference_mode():
@@ -223,16 +244,15 @@ with torch.inference_mode():
 print([{answer} for place in logits[0].topk(3).indices])
 ```
 
-`features_only=True`, `num_classes=0` and `in_chans=1` adapt it as any model of timm.
-The same from this repository, whatever the release of the package knows:
-`timm.create_model('hf-hub:{HUB_ORG}/{name}', pretrained=True)`."""
+`features_only=True`, `num_classes=0` and `in_chans=1` adapt it as any model of timm. A copy of this folder loads as
+`timm.create_model('local-dir:{name}', pretrained=True)`."""
 
 
-def _reproduction(name: str, departures: str) -> str:
+def _reproduction(name: str, known: bool, departures: str) -> str:
+    packaged = f' (`timm-pushpull recipes {name}` prints the command for the copy in the package)' if known else ''
     options = f' {departures}' if departures else ''
     return f"""## Reproduce
-With timm's `train.py` and the `{RECIPE}` beside this card; `timm-pushpull recipes {name}` prints the command for the
-copy in the package:
+With timm's `train.py` and the `{RECIPE}` beside this card{packaged}:
 
 ```bash
 python train.py --config {RECIPE} --data-dir DATA{options}
