@@ -1,15 +1,16 @@
-"""The stem image by image: the same features, and only where nobody can tell."""
+"""The stem in pieces of the batch: the same features, and only where nobody can tell."""
 
 import pytest
 import timm
 import torch
 
-from timm_pushpull import pushpull_resnet
+from timm_pushpull import pushpull_resnet, stem_pieces
 
 
 @pytest.fixture
 def pieces(monkeypatch):
     """Counts the batches whose stem was computed in pieces."""
+    monkeypatch.setattr(stem_pieces, 'CHUNK_BYTES', 600_000)  # two images of 64x64
     counted = []
     in_pieces = pushpull_resnet.stem_in_pieces
     monkeypatch.setattr(pushpull_resnet, 'stem_in_pieces', lambda stem, x: counted.append(x) or in_pieces(stem, x))
@@ -42,7 +43,7 @@ def test_where_it_would_be_noticed_it_is_not_in_pieces(pieces):
     with torch.no_grad():
         timm.create_model('pp_resnet18').train()(x)
         timm.create_model('pp_resnet18', push_pull=False).eval()(x)
-        timm.create_model('pp_resnet18').eval()(x[:1])
+        timm.create_model('pp_resnet18').eval()(x[:2])
         model = timm.create_model('pp_resnet18').eval()
         model.bn1.train()
         model(x)

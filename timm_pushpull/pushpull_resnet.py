@@ -108,7 +108,7 @@ class PushPullResNet(ResNet):
             info['reduction'] //= 2 if info['module'] == 'act1' else 4
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply what comes before the first stage; in inference on a CPU image by image."""
+        """Apply what comes before the first stage; in inference on a CPU in pieces of the batch."""
         if not torch.jit.is_scripting():
             stem: Any = (self.conv1, self.bn1, self.act1, self.maxpool)
             if runs_in_pieces(stem, x):
