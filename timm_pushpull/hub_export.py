@@ -105,6 +105,7 @@ def export_checkpoint(
             weights=str(dtype).removeprefix('torch.') + (', the running average (EMA) of the training' * use_ema),
             recipe=recipe,
             departures=_departures(yaml.safe_load(recipe), options),
+            seed=options.get('seed'),
             label_config=label_config,
             org=org,
             rounding=top1,
