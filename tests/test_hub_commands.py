@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import io
 import json
 import re
 import shutil
@@ -294,9 +295,10 @@ def test_push_and_create_elsewhere(signed_in, tmp_path, capsys):
 
 
 def test_push_asks(signed_in, exported, monkeypatch, capsys):
-    monkeypatch.setattr('builtins.input', lambda question: 'n')
-    assert main(['hub', 'push', str(exported), '--org', 'me']) == 0
-    assert 'Nothing was uploaded' in capsys.readouterr().out and not signed_in.repositories
+    for answer in (['n'], []):
+        monkeypatch.setattr('sys.stdin', io.StringIO(''.join(answer)))
+        assert main(['hub', 'push', str(exported), '--org', 'me']) == 0
+        assert 'Nothing was uploaded' in capsys.readouterr().out and not signed_in.repositories
     monkeypatch.setattr('builtins.input', lambda question: 'y')
     assert main(['hub', 'push', str(exported), '--org', 'me', '--private']) == 0
     assert signed_in.repositories[f'me/{TAG}'].private and 'new, private' in capsys.readouterr().out

@@ -320,7 +320,10 @@ def _hub_push(args: argparse.Namespace) -> None:
 
     def confirm(what: str) -> bool:
         print(what)
-        return args.yes or input('Upload? [y/N] ').strip().lower() in ('y', 'yes')
+        try:
+            return args.yes or input('Upload? [y/N] ').strip().lower() in ('y', 'yes')
+        except EOFError:  # nobody is there to answer
+            return False
 
     commit = push_folder(args.folder, args.org, confirm, args.private, args.revision)
     print(commit or 'Nothing was uploaded.')

@@ -139,7 +139,8 @@ def _read_options(checkpoint: Path, name: str) -> dict[str, Any]:
 
 def _model_args(options: Mapping[str, Any]) -> dict[str, Any]:
     model_args = {key: value for key, value in (options.get('model_kwargs') or {}).items() if key != 'augment'}
-    given = {key: options[key] for key in ('num_classes', 'in_chans') if options.get(key) is not None}
+    named = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'gp': 'global_pool'}
+    given = {argument: options[option] for option, argument in named.items() if options.get(option) is not None}
     return {**model_args, **given}
 
 
