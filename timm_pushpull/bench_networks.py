@@ -89,6 +89,7 @@ def bench_networks(
         for what, modules in {**parts, name: models}.items():
             for memory_format in FORMATS:
                 for use in ('inference', 'training'):
+                    torch.compiler.reset()  # it compiles one piece of code for a limited number of networks only
                     calls = {
                         way: _call(module, images, FORMATS[memory_format], use == 'training', amp, torchcompile)
                         for way, module in modules.items()
