@@ -2,6 +2,7 @@ import csv
 
 import pytest
 
+from timm_pushpull import pushpull_fast, stem_pieces
 from timm_pushpull.bench_networks import Comparison, bench_networks
 from timm_pushpull.cli import main
 
@@ -18,12 +19,14 @@ def test_comparisons():
 USES = ('inference', 'training')
 
 
-def test_memory_of_the_stem():
-    rows = {(row.memory_format, row.use): row for row in bench_networks(['resnet18'], 8, 128, 1) if row.what == 'stem'}
-    for row in rows.values():
-        # The plain formulation holds several maps more; the fast one works in pieces of the batch.
-        assert row.memory < row.reference_memory
-    assert rows['nhwc', 'inference'].memory < 1
+def test_memory_of_the_stem(monkeypatch):
+    for module in (pushpull_fast, stem_pieces):
+        monkeypatch.setattr(module, 'CHUNK_BYTES', 1 << 20)  # an image
+    for row in bench_networks(['resnet18'], 8, 128, 1):
+        if row.what == 'stem':
+            # The published formulation holds several maps more; the fast one works in pieces of the batch.
+            limit = 1 if row.use == 'inference' else 1.5
+            assert row.memory < limit < row.reference_memory
 
 
 def test_command(tmp_path, capsys):
