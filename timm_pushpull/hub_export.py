@@ -70,11 +70,13 @@ def export_checkpoint(
     if not all(tensor.isfinite().all() for tensor in rounded.state_dict().values()):
         raise ValueError(f'dtype must hold all weights, got {dtype}, in which some are not finite: take bfloat16.')
 
-    labels, evaluation, top1 = _labels(options, model.num_classes), None, None
+    labels, evaluation, rounding = _labels(options, model.num_classes), None, None
     if dataset is not None:
-        labels = DatasetPictures(dataset).classes
+        pictures = DatasetPictures(dataset)
+        labels = pictures.classes
         if dtype != torch.float32:
-            top1 = _measure_rounding(model, rounded, dataset, **measurement)
+            before, after = _top1((model, rounded), dataset, **measurement)
+            rounding = Rounding(before, after, len(pictures.targets))
     if results is not None:
         evaluation = _read_evaluation(Path(results), name, model, rounded)
         labels = [row['name'] for row in read_csv(Path(results) / 'classes.csv')]
@@ -108,7 +110,7 @@ def export_checkpoint(
             seed=options.get('seed'),
             label_config=label_config,
             org=org,
-            rounding=top1,
+            rounding=rounding,
             evaluation=evaluation,
         )
         (written / CARD).write_text(str(card), encoding='utf-8')
@@ -188,12 +190,12 @@ def _label_config(labels: Sequence[str]) -> dict[str, Any]:
     return {'label_names': list(labels), 'label_descriptions': descriptions}
 
 
-def _measure_rounding(model: nn.Module, rounded: nn.Module, dataset: Any, **measurement: Any) -> Rounding:
+def _top1(models: Sequence[nn.Module], dataset: Any, **measurement: Any) -> list[float]:
+    by_name = {str(place): model for place, model in enumerate(models)}
     with tempfile.TemporaryDirectory() as folder:
-        models = {'float32': model, 'rounded': rounded}
-        rows = evaluate_robustness(models, folder, dataset, corruptions=(), **measurement)
+        rows = evaluate_robustness(by_name, folder, dataset, corruptions=(), **measurement)
     accuracy = {row['model']: row['top1'] for row in rows}
-    return Rounding(accuracy['float32'], accuracy['rounded'], len(DatasetPictures(dataset).targets))
+    return [accuracy[name] for name in by_name]
 
 
 def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Module) -> Evaluation:
