@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import Hub
 
 REPOSITORY = Path(__file__).parent.parent
@@ -9,6 +10,9 @@ REPOSITORY = Path(__file__).parent.parent
 # huggingface_hub reads its address when it is imported: no test may reach the real Hub.
 HUB = Hub()
 os.environ |= {'HF_ENDPOINT': HUB.url, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1'}
+
+if not torch.cuda.is_available():  # Triton reads it where a kernel is defined
+    os.environ['TRITON_INTERPRET'] = '1'
 
 
 @pytest.fixture

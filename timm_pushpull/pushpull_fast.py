@@ -41,7 +41,8 @@ def is_fast(implementation: str, input: Tensor, weight: Tensor) -> bool:
 
     Returns:
         True for batches on a CPU, eager or compiled; False where a program is traced or exported and where ``vmap`` or
-        forward derivatives need each step of the equation.
+        forward derivatives need each step of the equation. On a GPU ``'fast'`` is
+        :mod:`timm_pushpull.pushpull_triton`, and must be asked for until its speed is known.
 
     Raises:
         ValueError: If there is no such implementation.
@@ -89,12 +90,13 @@ def fast_push_pull_conv2d(
     Returns:
         Response (N, O, H', W').
     """
-    autocast = torch.is_autocast_enabled('cpu') and input.dtype != torch.float64
-    dtype = torch.get_autocast_dtype('cpu') if autocast else input.dtype
+    device = input.device.type
+    autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
     wide = weight.double()  # an error in c would count once for each value of the input
     c = wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64)
-    alpha = alpha.to(_computing_dtype(weight)).expand(weight.shape[0])
+    alpha = alpha.to(weight.device, _computing_dtype(weight)).expand(weight.shape[0])
     geometry = [*stride, *padding, *dilation, groups, max(avg_pool_size, 1)]
     return _push_pull(input, weight, c, alpha, geometry, dtype)
 
@@ -210,6 +212,20 @@ def _push_pull(
         return pieces.sums.new_empty(0, len(weight), *pieces.sums.shape[2:]).to(dtype) if output is None else output
 
 
+@_push_pull.register_kernel('cuda')
+def _(
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    geometry: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    from .pushpull_triton import push_pull  # where there is a GPU, there is Triton
+
+    return push_pull(input, weight, c, alpha, geometry, dtype)
+
+
 @_push_pull.register_fake
 def _(
     input: Tensor,
@@ -278,6 +294,21 @@ def _push_pull_backward(
             of_channel_sums, _, _ = backward(of_sums, pieces.channel_sums, pieces.ones, [True, False, False])
             of_input.unflatten(1, (groups, -1)).add_(of_channel_sums.unsqueeze(2))
         return of_input, of_weight.to(weight.dtype), of_c * alpha, of_alpha
+
+
+@_push_pull_backward.register_kernel('cuda')
+def _(
+    gradient: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    geometry: Sequence[int],
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .pushpull_triton import push_pull_backward
+
+    return push_pull_backward(gradient, input, weight, c, alpha, geometry, needs_input)
 
 
 @_push_pull_backward.register_fake

@@ -23,7 +23,7 @@ def runs_in_pieces(stem: Sequence[nn.Module], x: Tensor) -> bool:
     Returns:
         True in inference on a CPU, where no image's result depends on another's and nobody looks in between.
     """
-    if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if type(x) is not Tensor or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     conv, norm, *_ = stem
     if not isinstance(conv, PushPullConv2d) or getattr(norm, 'running_mean', None) is None:

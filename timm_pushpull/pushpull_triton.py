@@ -1,0 +1,313 @@
+r"""Push-pull convolution on a GPU: one convolution, and a Triton kernel for all that follows it.
+
+It computes what :mod:`timm_pushpull.pushpull_fast` defines, in the precision of the result: cuDNN convolves the push
+kernel, one kernel sums the input under the kernel's window, in float32, and one reads the response once and writes the
+result. The backward pass computes the response once more and takes two kernels, between which the gradient of the pull
+response lies in memory. Sums over the batch are taken in a fixed order.
+
+In half precision that response is rounded, and what P and Q lose by it can change their sign. The push kernel loses its
+mean m first only where a flat image has a smaller Q than P, :math:`|c - m| < |m|`: else P would be less certain for it.
+"""
+
+# The arguments of kernels have Triton's own types.
+# mypy: disable-error-code="no-untyped-def"
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ['push_pull', 'push_pull_backward']
+
+aten = torch.ops.aten
+
+
+def push_pull(
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    geometry: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute the operator ``timm_pushpull::push_pull_conv2d`` on a GPU.
+
+    Args:
+        input: Images or feature maps (N, C, H, W).
+        weight: Push kernels (O, C / groups, kh, kw).
+        c: Maximum and minimum of each push kernel, added (O,).
+        alpha: Inhibition strength of each output channel (O,), in the precision that is computed in.
+        geometry: Stride, padding and dilation, two numbers each, groups and averaging window.
+        dtype: Of the result.
+
+    Returns:
+        Response (N, O, H', W').
+    """
+    with torch.autocast('cuda', enabled=False):
+        responses = _Responses(input, weight, c, alpha, geometry, dtype)
+        output = torch.empty_like(responses.push)
+        responses.launch(_combine, output)
+        return output
+
+
+def push_pull_backward(
+    gradient: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    geometry: Sequence[int],
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the operator ``timm_pushpull::push_pull_conv2d_backward`` on a GPU.
+
+    Args:
+        gradient: Of the response (N, O, H', W').
+        input: As for :func:`push_pull`.
+        weight: As for :func:`push_pull`.
+        c: As for :func:`push_pull`.
+        alpha: As for :func:`push_pull`.
+        geometry: As for :func:`push_pull`.
+        needs_input: Compute the gradient of the input too.
+
+    Returns:
+        Gradients of input (empty where it is not needed), weight, c and alpha.
+    """
+    with torch.autocast('cuda', enabled=False):
+        responses = _Responses(input, weight, c, alpha, geometry, gradient.dtype)
+        gradient = gradient.contiguous(memory_format=responses.memory_format)
+        of_pull, of_push = torch.empty_like(responses.push), torch.empty_like(responses.push)
+        partial = alpha.new_empty(2, responses.blocks, len(alpha))
+        responses.launch(_differentiate_pull, gradient, of_pull, *partial)
+        responses.launch(_differentiate_push, gradient, of_pull, of_push)
+        of_alpha, of_c = -partial.sum(1)
+        shape = [responses.conv[key] for key in ('stride', 'padding', 'dilation')]
+        groups = responses.groups
+        x, mask = input.to(of_push.dtype), [needs_input, True, False]
+        of_input, of_weight, _ = aten.convolution_backward(
+            of_push, x, responses.centred, None, *shape, False, [0, 0], groups, mask
+        )
+        if needs_input:
+            by_mean = torch.einsum('ngohw,go->nghw', responses.by_group(of_push), responses.mean.view(groups, -1))
+            c_by_alpha = (c * alpha).to(alpha.dtype).view(groups, -1)
+            of_average = torch.einsum('ngohw,go->nghw', responses.by_group(of_pull), c_by_alpha)
+            window = responses.window
+            of_sums = by_mean - F.avg_pool2d(of_average, window, 1, window // 2, divisor_override=1)
+            channel_sums = of_sums.new_empty(len(input), groups, *input.shape[2:], dtype=torch.double)
+            ones = channel_sums.new_ones(groups, 1, *weight.shape[2:])  # in double, because float32 may become TF32
+            of_channel_sums, _, _ = aten.convolution_backward(
+                of_sums.double(), channel_sums, ones, None, *shape, False, [0, 0], groups, [True, False, False]
+            )
+            of_channels = of_input.unflatten(1, (groups, -1)) + of_channel_sums.unsqueeze(2)
+            of_input = torch.empty_like(input).copy_(of_channels.flatten(1, 2))
+        else:
+            of_input = input.new_empty(0)
+        return of_input, of_weight.to(weight.dtype), (of_c * alpha).to(c.dtype), of_alpha
+
+
+class _Responses:
+    """What both directions need: the response of the push kernel and the sums under the window."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        c: Tensor,
+        alpha: Tensor,
+        geometry: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        *_, self.groups, self.window = geometry
+        stride, padding, dilation = geometry[0:2], geometry[2:4], geometry[4:6]
+        self.conv: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=self.groups)
+        wide = weight.double()
+        mean = wide.mean((1, 2, 3))
+        mean *= mean.abs() > (c - mean).abs()
+        self.centred = (wide - mean.view(-1, 1, 1, 1)).to(dtype)
+        mean = (wide - self.centred).mean((1, 2, 3))  # with what was rounded off
+        self.mean, self.c_without_mean = mean.to(alpha.dtype), (c - mean).to(alpha.dtype)
+        self.alpha = alpha.contiguous()
+        push = F.conv2d(input.to(dtype), self.centred, **self.conv)
+        channels_last = push.is_contiguous(memory_format=torch.channels_last) and not push.is_contiguous()
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.push = push.contiguous(memory_format=self.memory_format)
+
+        height, width = push.shape[2:]
+        channels = len(weight) // self.groups
+        self.pixels, self.channels = (
+            min(most, triton.next_power_of_2(size))
+            for most, size in zip((32, 64) if channels_last else (128, 16), (height * width, channels), strict=True)
+        )
+        self.blocks = len(input) * triton.cdiv(height * width, self.pixels)
+        self.accumulator = tl.float64 if alpha.dtype == torch.float64 else tl.float32
+        self.sums = alpha.new_empty(len(input), self.groups, height, width)
+        if self.sums.numel():
+            _sum_windows[len(input) * self.groups, triton.cdiv(height * width, 128)](
+                *(input, *input.shape[2:], *input.stride(), self.sums, height, width),
+                *(*stride, *padding, *dilation, self.groups, input.shape[1] // self.groups, *weight.shape[2:]),
+                PIXELS=128,
+                ACCUMULATOR=self.accumulator,
+            )
+
+    def launch(self, kernel: Any, *tensors: Tensor) -> None:
+        """Run a kernel over the whole response."""
+        _, channels, height, width = self.push.shape
+        strides = (1, channels) if self.memory_format == torch.channels_last else (height * width, 1)
+        in_group = channels // self.groups
+        if self.push.numel():
+            kernel[self.blocks, self.groups * triton.cdiv(in_group, self.channels)](
+                *(self.push, self.sums, self.mean, self.c_without_mean, self.alpha, *tensors),
+                *(height, width, self.groups, in_group, *strides),
+                WINDOW=self.window,
+                PIXELS=self.pixels,
+                CHANNELS=self.channels,
+                ACCUMULATOR=self.accumulator,
+            )
+
+    def by_group(self, response: Tensor) -> Tensor:
+        """Shape a map (N, O, H', W') into (N, groups, O / groups, H', W'), to compute with."""
+        return response.to(self.alpha.dtype).unflatten(1, (self.groups, -1))
+
+
+@triton.jit
+def _sum_windows(
+    x, in_height, in_width, x_batch, x_channel, x_row, x_column, sums, height, width,
+    stride_rows, stride_columns, padding_rows, padding_columns, dilation_rows, dilation_columns,
+    groups, channels, kernel_height, kernel_width, PIXELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """S: the sum of a group's channels under the kernel."""
+    map = tl.program_id(0).to(tl.int64)  # of image and group
+    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    exists = pixel < height * width
+    x += map // groups * x_batch + map % groups * channels * x_channel
+    total = tl.zeros([PIXELS], ACCUMULATOR)
+    for i in range(kernel_height):
+        row = pixel // width * stride_rows - padding_rows + i * dilation_rows
+        for j in range(kernel_width):
+            column = pixel % width * stride_columns - padding_columns + j * dilation_columns
+            inside = exists & (row >= 0) & (row < in_height) & (column >= 0) & (column < in_width)
+            for channel in range(channels):
+                value = tl.load(x + channel * x_channel + row * x_row + column * x_column, mask=inside, other=0.0)
+                total += value.to(ACCUMULATOR)
+    tl.store(sums + map * height * width + pixel, total, mask=exists)
+
+
+@triton.jit
+def _locate(height, width, groups, in_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where a program works: the image, its pixels, the group, its channels, and which of both exist."""
+    blocks = tl.cdiv(height * width, PIXELS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    pixel = tl.program_id(0) % blocks * PIXELS + tl.arange(0, PIXELS)
+    blocks_of_group = tl.cdiv(in_group, CHANNELS)
+    group = tl.program_id(1) // blocks_of_group
+    channel = tl.program_id(1) % blocks_of_group * CHANNELS + tl.arange(0, CHANNELS)
+    return image, pixel, pixel < height * width, group, group * in_group + channel, channel < in_group
+
+
+@triton.jit
+def _respond(
+    push, sums, mean, c_without_mean, image, pixel, is_pixel, group, channel, is_channel, height, width, groups,
+    channel_stride, pixel_stride, WINDOW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """P, Q, the average of S, and one over the number of values in the window."""
+    sums += (image * groups + group) * height * width
+    of_push = tl.zeros([PIXELS, CHANNELS], ACCUMULATOR)
+    of_sums = tl.zeros([PIXELS], ACCUMULATOR)
+    count = tl.zeros([PIXELS], ACCUMULATOR)
+    for i in range(WINDOW):
+        row = pixel // width + i - WINDOW // 2
+        for j in range(WINDOW):
+            column = pixel % width + j - WINDOW // 2
+            inside = is_pixel & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            place = row * width + column
+            mask = inside[:, None] & is_channel[None, :]
+            values = tl.load(push + place[:, None] * pixel_stride + channel[None, :] * channel_stride, mask, other=0.0)
+            of_push += values.to(ACCUMULATOR)
+            of_sums += tl.load(sums + place, inside, other=0.0)
+            count += inside.to(ACCUMULATOR)
+    share = 1 / tl.where(is_pixel, count, 1)
+    average = of_sums * share
+    mask = is_pixel[:, None] & is_channel[None, :]
+    centre = tl.load(push + pixel[:, None] * pixel_stride + channel[None, :] * channel_stride, mask, other=0.0)
+    m = tl.load(mean + channel, is_channel, other=0.0)
+    c = tl.load(c_without_mean + channel, is_channel, other=0.0)
+    p = centre.to(ACCUMULATOR) + m[None, :] * tl.load(sums + pixel, is_pixel, other=0.0)[:, None]
+    q = c[None, :] * average[:, None] - of_push * share[:, None]
+    return p, q, average, share
+
+
+@triton.jit
+def _combine(
+    push, sums, mean, c_without_mean, alpha, output, height, width, groups, in_group, channel_stride, pixel_stride,
+    WINDOW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """R = relu(P) - alpha relu(Q)."""
+    image, pixel, is_pixel, group, channel, is_channel = _locate(height, width, groups, in_group, PIXELS, CHANNELS)
+    start = image * groups * in_group * height * width
+    p, q, _, _ = _respond(
+        push + start, sums, mean, c_without_mean, image, pixel, is_pixel, group, channel, is_channel, height, width,
+        groups, channel_stride, pixel_stride, WINDOW, PIXELS, CHANNELS, ACCUMULATOR,
+    )  # fmt: skip
+    strength = tl.load(alpha + channel, is_channel, other=0.0)
+    # Compared so that what is not a number stays so.
+    response = tl.where(p < 0, 0, p) - strength[None, :] * tl.where(q < 0, 0, q)
+    place = pixel[:, None] * pixel_stride + channel[None, :] * channel_stride
+    tl.store(output + start + place, response.to(output.dtype.element_ty), is_pixel[:, None] & is_channel[None, :])
+
+
+@triton.jit
+def _differentiate_pull(
+    push, sums, mean, c_without_mean, alpha, gradient, of_pull, of_alpha, of_c, height, width, groups, in_group,
+    channel_stride, pixel_stride, WINDOW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """The gradient of -alpha Q, over -alpha and over the number of values in the window, and sums of a block's pixels.
+
+    The sums are over -1 what each block adds to the gradient of alpha, and over -alpha to that of c.
+    """
+    image, pixel, is_pixel, group, channel, is_channel = _locate(height, width, groups, in_group, PIXELS, CHANNELS)
+    start = image * groups * in_group * height * width
+    _, q, average, share = _respond(
+        push + start, sums, mean, c_without_mean, image, pixel, is_pixel, group, channel, is_channel, height, width,
+        groups, channel_stride, pixel_stride, WINDOW, PIXELS, CHANNELS, ACCUMULATOR,
+    )  # fmt: skip
+    place = start + pixel[:, None] * pixel_stride + channel[None, :] * channel_stride
+    mask = is_pixel[:, None] & is_channel[None, :]
+    passed = tl.where(q <= 0, 0, tl.load(gradient + place, mask, other=0.0).to(ACCUMULATOR))
+    tl.store(of_pull + place, (passed * share[:, None]).to(of_pull.dtype.element_ty), mask)
+    sum_place = tl.program_id(0).to(tl.int64) * groups * in_group + channel
+    tl.store(of_alpha + sum_place, tl.sum(passed * q, 0), is_channel)
+    tl.store(of_c + sum_place, tl.sum(passed * average[:, None], 0), is_channel)
+
+
+@triton.jit
+def _differentiate_push(
+    push, sums, mean, c_without_mean, alpha, gradient, of_pull, of_push, height, width, groups, in_group,
+    channel_stride, pixel_stride, WINDOW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):  # fmt: skip
+    """The gradient of P: what passes its own rectification, and what comes from the Q of each window it is in."""
+    image, pixel, is_pixel, group, channel, is_channel = _locate(height, width, groups, in_group, PIXELS, CHANNELS)
+    start = image * groups * in_group * height * width
+    total = tl.zeros([PIXELS, CHANNELS], ACCUMULATOR)
+    for i in range(WINDOW):
+        row = pixel // width + i - WINDOW // 2
+        for j in range(WINDOW):
+            column = pixel % width + j - WINDOW // 2
+            inside = is_pixel & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            place = start + (row * width + column)[:, None] * pixel_stride + channel[None, :] * channel_stride
+            total += tl.load(of_pull + place, inside[:, None] & is_channel[None, :], other=0.0).to(ACCUMULATOR)
+    place = start + pixel[:, None] * pixel_stride + channel[None, :] * channel_stride
+    mask = is_pixel[:, None] & is_channel[None, :]
+    m = tl.load(mean + channel, is_channel, other=0.0)
+    sums += (image * groups + group) * height * width
+    centre = tl.load(push + place, mask, other=0.0).to(ACCUMULATOR)
+    p = centre + m[None, :] * tl.load(sums + pixel, is_pixel, other=0.0)[:, None]
+    passed = tl.where(p <= 0, 0, tl.load(gradient + place, mask, other=0.0).to(ACCUMULATOR))
+    strength = tl.load(alpha + channel, is_channel, other=0.0)
+    tl.store(of_push + place, (passed + strength[None, :] * total).to(of_push.dtype.element_ty), mask)
