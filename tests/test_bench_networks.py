@@ -3,7 +3,8 @@ import csv
 import pytest
 
 from timm_pushpull import pushpull_fast, stem_pieces
-from timm_pushpull.bench_networks import Comparison, bench_networks
+from timm_pushpull.bench import Comparison, compare
+from timm_pushpull.bench_networks import bench_networks
 from timm_pushpull.cli import main
 
 
@@ -29,10 +30,20 @@ def test_memory_of_the_stem(monkeypatch):
             assert row.memory < limit < row.reference_memory
 
 
+def test_every_way_is_measured_as_often(monkeypatch):
+    calls, clock = [], iter(range(1000))
+    monkeypatch.setattr('timm_pushpull.bench.time.perf_counter', lambda: next(clock))
+    ways = {way: lambda way=way: calls.append(way) for way in ('plain', 'ours', 'reference')}
+    monkeypatch.setattr('timm_pushpull.bench.peak_bytes', lambda work, device: 1)
+    row = compare(ways, 'cpu', 3, 'nothing')
+    assert calls == ['plain', 'ours', 'reference', 'ours', 'reference', 'plain', 'reference', 'plain', 'ours']
+    assert (row.time_low, row.time, row.time_high, row.reference_time, row.memory) == (1, 1, 1, 1, 1)
+
+
 def test_command(tmp_path, capsys):
     options = ['--batch-size', '2', '--img-size', '32', '--rounds', '1', '--output', str(tmp_path / 'bench.csv')]
-    assert main(['bench', 'networks', '--networks', 'resnet18', *options]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 8
+    assert main(['bench', *options[:4], 'networks', '--networks', 'resnet18', *options[4:]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2 + 8
     with open(tmp_path / 'bench.csv') as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and tuple(rows[0]) == Comparison._fields
@@ -40,6 +51,26 @@ def test_command(tmp_path, capsys):
     assert 'must be of resnet18, resnet34, ' in capsys.readouterr().err
     assert main(['bench', 'networks', '--rounds', '0']) == 2
     assert main(['bench', 'networks', '--device', 'nope']) == 2
+
+
+def test_command_for_everything(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def bench_networks(**options):
+        asked.append(options)
+        precision = 'bfloat16' if options['amp'] else 'float32'
+        yield Comparison('stem', 'training', 'nchw', precision, options['torchcompile'], *[1.0] * 9)
+
+    monkeypatch.setattr('timm_pushpull.bench_networks.bench_networks', bench_networks)
+    size = dict(batch_size=2, img_size=32, rounds=1)
+    options = [f'--{name.replace("_", "-")}={value}' for name, value in size.items()]
+    assert main(['bench', *options, '--output', str(tmp_path / 'bench.csv')]) == 0
+    assert asked == [dict(amp=amp, torchcompile=way, **size) for amp in (False, True) for way in (False, True)]
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line[:31].rstrip() for line in lines if line.endswith('published  memory')]
+    kinds = 'float32, eager', 'float32, compiled', 'bfloat16, eager', 'bfloat16, compiled'
+    assert titles == [*kinds, 'float32, eager'] and lines[-1].startswith('PRIME, imagenet')
+    assert len((tmp_path / 'bench.csv').read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize('amp, torchcompile', [(True, False)])

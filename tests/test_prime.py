@@ -484,10 +484,9 @@ def test_cuda():
 
 
 def test_bench():
-    time, memory = bench_prime(batch_size=2, img_size=32, rounds=2)
-    assert time.low <= time.median <= time.high and time.seconds > 0
-    assert memory.ratio == memory.bytes / memory.reference_bytes and memory.bytes > 2 * 3 * 32 * 32 * 4
-    assert ', time: ' in time.in_words() and ', memory: ' in memory.in_words()
+    row = bench_prime(batch_size=2, img_size=32, rounds=2)
+    assert row.plain_seconds > 0 and 0 < row.time_low <= row.time <= row.time_high
+    assert row.memory > 1 and row.reference_memory > 1  # copy after copy, the floor holds one batch at a time
     with pytest.raises(ValueError, match="preset must be one of imagenet, cifar, got 'mnist'"):
         bench_prime(preset='mnist')
 

@@ -1,16 +1,45 @@
 """Time and memory of ways to do the same, measured alternately in one process and told as ratios."""
 
 import contextlib
+import csv
+import io
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-__all__ = ['Ratio', 'peak_bytes', 'seconds']
+from .files import write_whole
+
+__all__ = ['Comparison', 'Ratio', 'compare', 'peak_bytes', 'seconds', 'write_comparisons']
+
+
+class Comparison(NamedTuple):
+    """Three ways to do one thing: medians over the rounds of ratios within a round, and their range."""
+
+    what: str
+    use: str
+    """``'inference'``, or ``'training'``: forward and backward, of PRIME the call."""
+    memory_format: str
+    precision: str
+    compiled: bool
+    plain_seconds: float
+    """Median time of timm's plain network, or of PRIME's floor."""
+    time: float
+    """Time over that."""
+    time_low: float
+    time_high: float
+    reference_time: float
+    """Time of the published formulation over that."""
+    reference_time_low: float
+    reference_time_high: float
+    memory: float
+    """Peak memory over that of the plain network or the floor."""
+    reference_memory: float
 
 
 class Ratio(NamedTuple):
@@ -50,6 +79,60 @@ class Ratio(NamedTuple):
             f'{self.name}: {self.median:.2f} (from {self.low:.2f} to {self.high:.2f}; '
             f'medians {self.seconds:.2f} s over {self.reference_seconds:.2f} s)'
         )
+
+
+def compare(
+    ways: Mapping[str, Callable[[], Any]],
+    device: str | torch.device,
+    rounds: int,
+    what: str,
+    use: str = 'training',
+    memory_format: str = 'nchw',
+    precision: str = 'float32',
+    compiled: bool = False,
+) -> Comparison:
+    """Measure three ways alternately, each round beginning with another one.
+
+    Args:
+        ways: Calls, named ``'plain'``, ``'ours'`` and ``'reference'``.
+        device: Where they run.
+        rounds: Alternations.
+        what: For this and all that follow, see :class:`Comparison`.
+        use: What for.
+        memory_format: Of the images.
+        precision: That is computed in.
+        compiled: By ``torch.compile``.
+
+    Returns:
+        The comparison.
+    """
+    memory = {way: peak_bytes(call, device) for way, call in ways.items()}  # the first calls: they warm up as well
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    order = list(ways)
+    for _ in tqdm(range(rounds), desc=' '.join((what, use, memory_format)), leave=False):
+        for way in order:
+            times[way].append(seconds(ways[way], device))
+        order = order[1:] + order[:1]  # what a call leaves in the caches is not always the same one's
+    ratios = (Ratio.of(way, times[way], times['plain']) for way in ('ours', 'reference'))
+    return Comparison(
+        *(what, use, memory_format, precision, compiled, float(np.median(times['plain']))),
+        *(value for ratio in ratios for value in (ratio.median, ratio.low, ratio.high)),
+        *(memory[way] / memory['plain'] for way in ('ours', 'reference')),
+    )
+
+
+def write_comparisons(path: str | os.PathLike[str], comparisons: Sequence[Comparison]) -> None:
+    """Write comparisons as CSV.
+
+    Args:
+        path: The file.
+        comparisons: One a line.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(Comparison._fields)
+    writer.writerows([f'{value:.4f}' if isinstance(value, float) else value for value in row] for row in comparisons)
+    write_whole(path, text.getvalue().encode())
 
 
 def seconds(work: Callable[[], Any], device: str | torch.device) -> float:

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import functools
+import itertools
 import os
 import sys
 import textwrap
@@ -133,29 +135,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     push.set_defaults(run=_hub_push)
 
     bench = commands.add_parser('bench', help='speed, as ratios measured in one run')
-    benches = bench.add_subparsers(required=True, metavar='WHAT')
-    of_robustness = benches.add_parser('robustness', help='the evaluation beside validate.py')
-    of_robustness.add_argument('--model', default='resnet18', metavar='MODEL')
-    of_robustness.add_argument('--images', type=int, default=256, metavar='N')
-    of_robustness.add_argument('--batch-size', type=int, default=64, metavar='N')
-    of_robustness.add_argument('--workers', type=int, default=2, metavar='N')
-    of_robustness.set_defaults(run=_bench_robustness)
+    benches = bench.add_subparsers(metavar='WHAT', help='one of them; by default networks in every way, and PRIME')
     of_networks = benches.add_parser('networks', help="push-pull networks beside timm's plain ones")
-    of_networks.add_argument('--networks', nargs='+', default=['resnet18', 'resnet50'], metavar='NAME')
-    of_networks.add_argument('--batch-size', type=int, default=16, metavar='N')
-    of_networks.add_argument('--img-size', type=int, default=224, metavar='N')
     of_networks.add_argument('--amp', action='store_true', help='bfloat16 by autocast')
     of_networks.add_argument('--torchcompile', action='store_true', help='compiled')
-    of_networks.add_argument('--output', metavar='FILE', help='CSV of all figures')
     of_networks.set_defaults(run=_bench_networks)
     of_prime = benches.add_parser('prime', help='PRIME beside its plain formulation')
     of_prime.add_argument('--preset', default='imagenet', metavar='NAME', help='imagenet or cifar')
-    of_prime.add_argument('--img-size', type=int, default=224, metavar='N')
-    of_prime.add_argument('--batch-size', type=int, default=32, metavar='N')
     of_prime.set_defaults(run=_bench_prime)
-    for parser_of_one in (of_robustness, of_networks, of_prime):
-        parser_of_one.add_argument('--rounds', type=int, default=5, metavar='N')
-        parser_of_one.add_argument('--device', default='cpu')
+    of_robustness = benches.add_parser('robustness', help='the evaluation beside validate.py')
+    of_robustness.add_argument('--model', default='resnet18', metavar='MODEL')
+    of_robustness.add_argument('--images', type=int, default=256, metavar='N')
+    of_robustness.add_argument('--workers', type=int, default=2, metavar='N')
+    of_robustness.set_defaults(run=_bench_robustness)
+    bench.set_defaults(
+        run=_bench, **dict.fromkeys(('networks', 'img_size', 'output', 'batch_size', 'rounds', 'device'))
+    )
+    for one in (bench, of_networks, of_prime, of_robustness):
+        # Without a default, which would take the place of what was given before WHAT.
+        option = functools.partial(one.add_argument, default=argparse.SUPPRESS)
+        if one in (bench, of_networks):
+            option('--networks', nargs='+', metavar='NAME', help='(resnet18 resnet50)')
+        if one is not of_robustness:
+            option('--img-size', type=int, metavar='N', help='(224)')
+            option('--output', metavar='FILE', help='CSV of all figures')
+        option('--batch-size', type=int, metavar='N', help='images at a time (16, of robustness 64)')
+        option('--rounds', type=int, metavar='N', help='(6)')
+        option('--device', help='(cpu)')
 
     args = parser.parse_args(argv)
     try:
@@ -329,47 +335,74 @@ def _hub_push(args: argparse.Namespace) -> None:
     print(commit or 'Nothing was uploaded.')
 
 
-def _bench_robustness(args: argparse.Namespace) -> None:
-    from .bench_robustness import bench_robustness
-
-    ratios = bench_robustness(args.model, args.images, args.rounds, args.batch_size, args.workers, args.device)
-    for ratio in ratios:
-        print(ratio.in_words())
+def _bench(args: argparse.Namespace) -> None:
+    ways = itertools.product((False, True), repeat=2)
+    networks = (row for amp, torchcompile in ways for row in _compare_networks(args, amp, torchcompile))
+    _print_comparisons(args, itertools.chain(networks, _compare_prime(args, 'imagenet')))
 
 
 def _bench_networks(args: argparse.Namespace) -> None:
-    import torch
+    _print_comparisons(args, _compare_networks(args, args.amp, args.torchcompile))
+
+
+def _bench_prime(args: argparse.Namespace) -> None:
+    _print_comparisons(args, _compare_prime(args, args.preset))
+
+
+def _bench_robustness(args: argparse.Namespace) -> None:
+    from .bench_robustness import bench_robustness
+
+    options = _given(args, 'batch_size', 'rounds', 'device')
+    for ratio in bench_robustness(args.model, args.images, workers=args.workers, **options):
+        print(ratio.in_words())
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _compare_networks(args: argparse.Namespace, amp: bool, torchcompile: bool) -> Iterator[Any]:
     from timm.models import is_model, list_models
 
-    from .bench_networks import bench_networks, write_comparisons
+    from .bench_networks import bench_networks
 
-    for name in args.networks:
+    for name in args.networks or ():
         if not is_model(f'pp_{name}'):
             known = ', '.join(known.removeprefix('pp_') for known in list_models('pp_*', exclude_filters='*_cifar'))
             raise ValueError(f'--networks must be of {known}, got {name}.')
+    options = _given(args, 'networks', 'batch_size', 'img_size', 'rounds', 'device')
+    yield from bench_networks(amp=amp, torchcompile=torchcompile, **options)
+
+
+def _compare_prime(args: argparse.Namespace, preset: str) -> Iterator[Any]:
+    from .bench_prime import bench_prime
+
+    yield bench_prime(preset=preset, **_given(args, 'batch_size', 'img_size', 'rounds', 'device'))
+
+
+def _print_comparisons(args: argparse.Namespace, comparisons: Iterator[Any]) -> None:
+    import torch
+
+    from .bench import write_comparisons
+
     with _refused_by_timm(f'--device {args.device}'):
         torch.zeros(0, device=args.device)
-    print("over timm's network: time of ours and of the published formulation, median (range), and peak memory of both")
-    print(f'{"":<31} {"ours":>19} {"published":>19}  memory')
-    found = []
-    for row in bench_networks(
-        args.networks, args.batch_size, args.img_size, args.rounds, args.device, args.amp, args.torchcompile
-    ):
+    print("time of ours and of the published formulation, median (range), and peak memory of both, over timm's network")
+    print('(PRIME: over copying each image as often as PRIME changes it)')
+    found: list[Any] = []
+    last = None
+    for row in comparisons:
         found.append(row)
+        title = f'{row.precision}, {"compiled" if row.compiled else "eager"}'
+        if title != last:
+            print(f'\n{title:<31} {"ours":>19} {"published":>19}  memory')
+        last = title
         ours = f'{row.time:.2f} ({row.time_low:.2f} to {row.time_high:.2f})'
         theirs = f'{row.reference_time:.2f} ({row.reference_time_low:.2f} to {row.reference_time_high:.2f})'
         memory = f'{row.memory:.2f}, {row.reference_memory:.2f}'
         print(f'{row.what:<15} {row.use:<10} {row.memory_format} {ours:>19} {theirs:>19}  {memory}')
-    if args.output:
-        write_comparisons(args.output, found)
-
-
-def _bench_prime(args: argparse.Namespace) -> None:
-    from .bench_prime import bench_prime
-
-    time, memory = bench_prime(args.batch_size, args.img_size, args.rounds, args.device, args.preset)
-    print(time.in_words())
-    print(memory.in_words())
+        if args.output:
+            write_comparisons(args.output, found)
 
 
 def _create_dataset(args: argparse.Namespace) -> Any:
