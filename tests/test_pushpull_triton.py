@@ -42,7 +42,7 @@ def draw(case, offset, memory_format):
     return [tensor.to(memory_format=memory_format) for tensor in (x, weight)], inputs[2], gradient
 
 
-def by_kernels(x, weight, alpha, gradient, case):
+def by_kernels(x, weight, alpha, gradient, case, dtype):
     """The output and the gradients of input, weight and alpha."""
     *_, stride, padding, dilation, groups, window, _ = CASES[case]
     x, weight, alpha, gradient = (tensor.to(DEVICE) for tensor in (x, weight, alpha, gradient))
@@ -52,19 +52,20 @@ def by_kernels(x, weight, alpha, gradient, case):
     wide = weight.double()
     c = wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
     with torch.no_grad():
-        output = pushpull_triton.push_pull(x, weight, c, alpha, geometry, x.dtype)
+        output = pushpull_triton.push_pull(x, weight, c, alpha, geometry, dtype)
         of_input, of_weight, of_c, of_alpha = pushpull_triton.push_pull_backward(
-            gradient, x, weight, c, alpha, geometry, True
+            gradient.to(dtype), x, weight, c, alpha, geometry, True
         )
-    assert output.dtype == of_input.dtype == x.dtype and of_weight.dtype == weight.dtype
+    assert (output.dtype, of_input.dtype, of_weight.dtype) == (dtype, x.dtype, weight.dtype)
     return [output, of_input, of_weight + torch.autograd.grad(c, weight, of_c)[0], of_alpha]
 
 
-def by_equation(x, weight, alpha, gradient, case):
+def by_equation(x, weight, alpha, gradient, case, dtype):
     *_, stride, padding, dilation, groups, window, _ = CASES[case]
     inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, alpha)]
-    output = push_pull_conv2d(*inputs, None, stride, padding, dilation, groups, window, implementation='reference')
-    return [output, *torch.autograd.grad(output, inputs, gradient)]
+    with torch.autocast('cpu', dtype, enabled=dtype != x.dtype):
+        output = push_pull_conv2d(*inputs, None, stride, padding, dilation, groups, window, implementation='reference')
+    return [output, *torch.autograd.grad(output, inputs, gradient.to(dtype))]
 
 
 def errors(found, exact):
@@ -77,17 +78,27 @@ def errors(found, exact):
     'offset, memory_format', [(20, torch.contiguous_format), (0, torch.channels_last)], ids=['nchw', 'nhwc']
 )
 @pytest.mark.parametrize(
-    'case, dtype',
-    [(case, torch.float32) for case in CASES]
-    + [('imagenet', dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16)]
-    + [('groups', torch.float16)],
+    'case, dtype, autocast',
+    [
+        *((case, torch.float32, None) for case in CASES),
+        ('imagenet', torch.float64, None),
+        ('imagenet', torch.bfloat16, None),
+        ('imagenet', torch.float16, None),
+        ('imagenet', torch.float32, torch.bfloat16),
+        ('imagenet', torch.float32, torch.float16),
+        ('groups', torch.float32, torch.float16),
+    ],
     ids=str,
 )
-def test_as_accurate_as_the_reference(case, dtype, offset, memory_format):
+def test_as_accurate_as_the_reference(case, dtype, autocast, offset, memory_format, monkeypatch):
+    monkeypatch.setattr(
+        pushpull_triton, 'convolution_dtype', lambda *_: autocast or torch.promote_types(dtype, torch.float32)
+    )
     (x, weight), *others = draw(case, offset, memory_format)
     rounded = [tensor.to(dtype) for tensor in (x, weight, *others)]
-    exact = by_equation(*(tensor.double() for tensor in rounded), case)
-    ours, theirs = (errors(way(*rounded, case), exact) for way in (by_kernels, by_equation))
+    exact = by_equation(*(tensor.double() for tensor in rounded), case, torch.float64)
+    dtype = autocast or dtype
+    ours, theirs = (errors(way(*rounded, case, dtype), exact) for way in (by_kernels, by_equation))
     # Triton's interpreter cuts off where it should round to bfloat16, always towards zero.
     factor = 4 if dtype == torch.bfloat16 and not CUDA else 2
     floor = {torch.float64: 1e-12, torch.float32: 5e-7}.get(dtype, 2e-4)  # a few roundings are no loss
@@ -95,21 +106,14 @@ def test_as_accurate_as_the_reference(case, dtype, offset, memory_format):
         assert our <= max(factor * their, floor), f'{name}: {our:.1e}, the reference {their:.1e}'
 
 
-def test_mixed_precision():
-    """Half precision of float32 weights, as autocast asks for it."""
+def test_where_the_input_needs_no_gradient():
     (x, weight), alpha, gradient = draw('imagenet', 0, torch.channels_last)
-    wide = weight.double()
-    c = wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
     *_, stride, padding, dilation, groups, window, _ = CASES['imagenet']
-    tensors = [tensor.to(DEVICE) for tensor in (x, weight, c, alpha)]
+    tensors = [tensor.to(DEVICE) for tensor in (gradient, x, weight, weight.double().sum((1, 2, 3)), alpha)]
     geometry = [*stride, *padding, *dilation, groups, window]
-    output = pushpull_triton.push_pull(*tensors, geometry, torch.float16)
-    of_x, *others = pushpull_triton.push_pull_backward(gradient.to(output), *tensors, geometry, True)
-    assert (output.dtype, of_x.dtype, others[0].dtype) == (torch.float16, torch.float32, torch.float32)
-    nothing, *same = pushpull_triton.push_pull_backward(gradient.to(output), *tensors, geometry, False)
+    _, *others = pushpull_triton.push_pull_backward(*tensors, geometry, True)
+    nothing, *same = pushpull_triton.push_pull_backward(*tensors, geometry, False)
     assert nothing.numel() == 0 and all(map(torch.equal, others, same))
-    right = by_equation(x, weight, alpha, gradient, 'imagenet')[0]
-    torch.testing.assert_close(output.cpu().float(), right, rtol=2e-2, atol=2e-2)
 
 
 def test_nothing_in_nothing_out():

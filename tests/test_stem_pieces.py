@@ -4,13 +4,14 @@ import pytest
 import timm
 import torch
 
-from timm_pushpull import pushpull_resnet, stem_pieces
+from timm_pushpull import pushpull_fast, pushpull_resnet, stem_pieces
 
 
 @pytest.fixture
 def pieces(monkeypatch):
     """Counts the batches whose stem was computed in pieces."""
-    monkeypatch.setattr(stem_pieces, 'CHUNK_BYTES', 600_000)  # two images of 64x64
+    for module in (pushpull_fast, stem_pieces):
+        monkeypatch.setattr(module, 'CHUNK_BYTES', 600_000)  # two images of 64x64
     counted = []
     in_pieces = pushpull_resnet.stem_in_pieces
     monkeypatch.setattr(pushpull_resnet, 'stem_in_pieces', lambda stem, x: counted.append(x) or in_pieces(stem, x))

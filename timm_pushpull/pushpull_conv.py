@@ -4,7 +4,7 @@ Paper: `PushPull-Net: Inhibition-driven ResNet robust to image corruptions` - ht
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from .pushpull_fast import fast_push_pull_conv2d, is_fast
+from .pushpull_fast import fast_push_pull_conv2d, is_fast, push_pull_pieces
 
 if TYPE_CHECKING:
     _T = TypeVar('_T')
@@ -279,6 +279,21 @@ class PushPullConv2d(nn.Conv2d):
             self.avg_pool_size,
             self.implementation,
         )
+
+    def in_pieces(self, input: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Apply the layer to a batch by :func:`timm_pushpull.pushpull_fast.push_pull_pieces`.
+
+        Args:
+            input: Images or feature maps (N, C, H, W).
+
+        Yields:
+            Place of the piece in the batch, and its response.
+        """
+        if self._pads_input:
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self._pad_mode)
+        geometry = *map(_pair, (self.stride, self._conv_padding, self.dilation)), self.groups, self.avg_pool_size
+        for piece, response in push_pull_pieces(input, self.weight, self.alpha, *geometry):
+            yield piece, response if self.bias is None else (response + self.bias.view(-1, 1, 1)).to(response.dtype)
 
     def extra_repr(self) -> str:
         alpha = 'trainable' if self.trainable_alpha else self.alpha

@@ -2,13 +2,14 @@
 
 With :math:`c_o = \\max(W_o) + \\min(W_o)` the pull kernel is :math:`K_o = c_o - W_o`, so the pull response needs no
 convolution of its own. Both follow from the sum of the input under the kernel, :math:`S`, one channel for each group,
-and from the response of the push kernel without its mean :math:`m`, :math:`\\tilde P = x * (W - m)`:
+and from the response of the push kernel less a number :math:`m`, :math:`\\tilde P = x * (W - m)`:
 
 .. math::
     P = \\tilde P + m S, \\qquad Q = (c - m) \\operatorname{avg}(S) - \\operatorname{avg}(\\tilde P)
 
-Without the mean it would be :math:`Q = c \\operatorname{avg}(S) - \\operatorname{avg}(P)`, a small difference of large
-numbers where :math:`m` is near :math:`c` and the input far from zero. Half precision is computed in float32.
+Q is a small difference of large numbers where W's mean is near c and the input far from zero, unless m is that mean; P
+may be one if it is. So m is the mean where a flat image has a smaller Q than P, and 0 elsewhere. Half precision is
+computed in float32, but for the convolution under autocast.
 
 The backward pass computes the responses once more instead of keeping them, so that it keeps nothing that a plain
 convolution does not keep. Both are custom operators: ``torch.compile`` sees one node with a gradient.
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['fast_push_pull_conv2d', 'is_fast']
+__all__ = ['convolution_dtype', 'fast_push_pull_conv2d', 'is_fast', 'less_mean', 'push_pull_pieces']
 
 aten = torch.ops.aten
 
@@ -90,6 +91,60 @@ def fast_push_pull_conv2d(
     Returns:
         Response (N, O, H', W').
     """
+    return _push_pull(*_operands(input, weight, alpha, stride, padding, dilation, groups, avg_pool_size))
+
+
+def push_pull_pieces(
+    input: Tensor,
+    weight: Tensor,
+    alpha: float | Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    avg_pool_size: int,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Compute :func:`fast_push_pull_conv2d` piece by piece, for what follows to take each while it is in cache.
+
+    For a CPU, and where autograd is off.
+
+    Args:
+        input: As for :func:`fast_push_pull_conv2d`, and so for all that follow.
+        weight: Push kernels.
+        alpha: Inhibition strength.
+        stride: Of rows and columns.
+        padding: Of rows and columns.
+        dilation: Of rows and columns.
+        groups: Number of blocked connections.
+        avg_pool_size: Side of the averaging window.
+
+    Yields:
+        Place of the piece in the batch, and its response.
+    """
+    operands = _operands(input, weight, alpha, stride, padding, dilation, groups, avg_pool_size)
+    with torch.autocast('cpu', enabled=False):
+        pieces = _Pieces(*operands).rectified()
+    while True:
+        with torch.autocast('cpu', enabled=False):  # for this, not for what is done with a piece
+            found = next(pieces, None)
+            if found is None:
+                return
+            place, push, pull, strength = found
+            response = push.addcmul_(pull, strength).to(operands[-1])
+        yield place, response
+
+
+def _operands(
+    input: Tensor,
+    weight: Tensor,
+    alpha: float | Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    avg_pool_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int], torch.dtype]:
+    """What the operator takes."""
     device = input.device.type
     autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
@@ -97,8 +152,7 @@ def fast_push_pull_conv2d(
     c = wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64)
     alpha = alpha.to(weight.device, _computing_dtype(weight)).expand(weight.shape[0])
-    geometry = [*stride, *padding, *dilation, groups, max(avg_pool_size, 1)]
-    return _push_pull(input, weight, c, alpha, geometry, dtype)
+    return input, weight, c, alpha, [*stride, *padding, *dilation, groups, max(avg_pool_size, 1)], dtype
 
 
 def _unpack(geometry: Sequence[int]) -> tuple[dict[str, Any], int]:
@@ -111,6 +165,43 @@ def _computing_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def convolution_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Decide in which precision the push kernels are convolved.
+
+    Half precision rounds the response, and P and Q, taken from it, may lose their sign. Beside autocast's rounding of
+    input and weights that counts for little, but not where these were in half precision before.
+
+    Args:
+        weight: Push kernels.
+        dtype: Of the result.
+
+    Returns:
+        That of the result under autocast, where the device has instructions for it; else at least float32.
+    """
+    supported = getattr(torch.cpu, '_is_avx512_bf16_supported', bool)  # absent from some releases
+    if dtype.itemsize < weight.dtype.itemsize and (weight.is_cuda or (dtype == torch.bfloat16 and supported())):
+        return dtype
+    return _computing_dtype(weight)
+
+
+def less_mean(weight: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Take the mean from the push kernels whose pull response would be a small difference of large numbers.
+
+    Args:
+        weight: Push kernels (O, C / groups, kh, kw).
+        c: Maximum and minimum of each push kernel, added (O,), float64.
+        dtype: That the convolution is computed in.
+
+    Returns:
+        The kernels less a number each, in that precision, and these numbers, float64 (O,).
+    """
+    wide = weight.double()
+    mean = wide.mean((1, 2, 3))
+    mean *= mean.abs() > (c - mean).abs()
+    kernels = (wide - mean.view(-1, 1, 1, 1)).to(dtype)
+    return kernels, (wide - kernels).mean((1, 2, 3))  # with what was rounded off
+
+
 class _Pieces:
     """What both directions need of each piece of the batch."""
 
@@ -119,19 +210,19 @@ class _Pieces:
         input: Tensor,
         weight: Tensor,
         c: Tensor,
+        alpha: Tensor,
         geometry: Sequence[int],
+        result_dtype: torch.dtype,
     ) -> None:
-        self.input = input
+        self.input, self.alpha = input, alpha
         self.conv, self.window = _unpack(geometry)
         self.groups = groups = self.conv['groups']
-        dtype = _computing_dtype(weight)
-        wide = weight.double()
-        self.centred = (wide - wide.mean((1, 2, 3), keepdim=True)).to(dtype)
-        mean = (wide - self.centred).mean((1, 2, 3))  # with what was rounded off
+        self.dtype = dtype = _computing_dtype(weight)
+        self.kernels, mean = less_mean(weight, c, convolution_dtype(weight, result_dtype))
         # By group, to multiply the group's sum.
         self.mean = mean.to(dtype).view(groups, -1, 1, 1)
-        self.c_without_mean = (c - mean).to(dtype).view(groups, -1, 1, 1)
-        self.ones = self.centred.new_ones(groups, 1, *weight.shape[2:])
+        self.c_less_mean = (c - mean).to(dtype).view(groups, -1, 1, 1)
+        self.ones = self.mean.new_ones(groups, 1, *weight.shape[2:])
         self.channel_sums = input.to(dtype).unflatten(1, (groups, -1)).sum(2)
         self.sums = F.conv2d(self.channel_sums, self.ones, **self.conv)
         self.box_sums = _box(self.sums, self.window, torch.empty_like(self.sums), torch.empty_like(self.sums))
@@ -140,20 +231,29 @@ class _Pieces:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Yield for each piece its place, its input, P, and -Q times the number of values in the window."""
-        pixels = len(self.centred) * math.prod(self.sums.shape[2:]) * self.centred.element_size()
-        size = max(1, CHUNK_BYTES // max(pixels, 1))
+        bytes_of_image = len(self.kernels) * math.prod(self.sums.shape[2:]) * self.dtype.itemsize
+        size = max(1, CHUNK_BYTES // max(bytes_of_image, 1))
         memory = None  # the same for each piece: to take new memory costs more than to compute in it
         for start in range(0, len(self.input), size):
             piece = slice(start, start + size)
-            x = self.input[piece].to(self.centred.dtype)
-            push = F.conv2d(x, self.centred, **self.conv)
+            x = self.input[piece].to(self.kernels.dtype)
+            push = F.conv2d(x, self.kernels, **self.conv).to(self.dtype)
             if memory is None:
                 memory = torch.empty_like(push), torch.empty_like(push)
             pull = _box(push, self.window, *(buffer[: len(push)] for buffer in memory))
             by_group = pull.unflatten(1, (self.groups, -1))
-            by_group.addcmul_(self.c_without_mean, self.box_sums[piece].unsqueeze(2), value=-1)
+            by_group.addcmul_(self.c_less_mean, self.box_sums[piece].unsqueeze(2), value=-1)
             push.unflatten(1, (self.groups, -1)).addcmul_(self.mean, self.sums[piece].unsqueeze(2))
             yield piece, x, push, pull
+
+    def rectified(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Yield for each piece its place, relu(P), -relu(Q) times the number of values, and alpha over that number."""
+        strength = None
+        for piece, _, push, pull in self:
+            if strength is None:
+                strength = torch.empty_like(push[:1])
+                torch.mul(self.alpha.view(-1, 1, 1), self.inverse_counts, out=strength)
+            yield piece, push.clamp_(min=0), pull.clamp_(max=0), strength
 
 
 def _box(x: Tensor, window: int, rows: Tensor, box: Tensor) -> Tensor:
@@ -197,14 +297,10 @@ def _push_pull(
     dtype: torch.dtype,
 ) -> Tensor:
     with torch.autocast('cpu', enabled=False):
-        pieces = _Pieces(input, weight, c, geometry)
-        output = strength = None
-        for piece, _, push, pull in pieces:
-            if output is None or strength is None:
-                output, strength = _empty(push, len(input), dtype), torch.empty_like(push[:1])
-                torch.mul(alpha.view(-1, 1, 1), pieces.inverse_counts, out=strength)
-            push.clamp_(min=0)
-            pull.clamp_(max=0)
+        pieces, output = _Pieces(input, weight, c, alpha, geometry, dtype), None
+        for piece, push, pull, strength in pieces.rectified():
+            if output is None:
+                output = _empty(push, len(input), dtype)
             if dtype == push.dtype:
                 torch.addcmul(push, pull, strength, out=output[piece])
             else:
@@ -255,14 +351,14 @@ def _push_pull_backward(
     needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast('cpu', enabled=False):
-        pieces = _Pieces(input, weight, c, geometry)
+        pieces = _Pieces(input, weight, c, alpha, geometry, gradient.dtype)
         groups, window = pieces.groups, pieces.window
         of_input = torch.zeros_like(input) if needs_input else input.new_empty(0)
-        of_weight = torch.zeros_like(pieces.centred)
+        of_weight = torch.zeros_like(weight, dtype=pieces.dtype)
         of_c, of_alpha = torch.zeros_like(c), torch.zeros_like(alpha)
         of_sums, of_box_sums = torch.zeros_like(pieces.sums), torch.zeros_like(pieces.sums)
         strength = alpha.view(-1, 1, 1)
-        c_by_strength = pieces.c_without_mean * strength.view_as(pieces.c_without_mean)
+        c_by_strength = pieces.c_less_mean * strength.view_as(pieces.c_less_mean)
 
         def backward(of_output: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> Sequence[Tensor]:
             shape = (pieces.conv[key] for key in ('stride', 'padding', 'dilation'))
@@ -273,7 +369,7 @@ def _push_pull_backward(
             if memory is None:
                 memory = tuple(torch.empty_like(push) for _ in range(3))
             shared, rows, box = (buffer[: len(push)] for buffer in memory)
-            of_output = gradient[piece].to(x.dtype)
+            of_output = gradient[piece].to(pieces.dtype)
             # Where Q > 0, the gradient of -alpha Q over -alpha, shared among the window's values.
             torch.mul(of_output, pieces.inverse_counts, out=shared)
             aten.hardtanh_backward.grad_input(shared, pull, -math.inf, 0, grad_input=shared)
@@ -285,7 +381,7 @@ def _push_pull_backward(
                 of_box_sums[piece] = -(by_group * c_by_strength).sum(2)
                 of_sums[piece] = (of_push.unflatten(1, (groups, -1)) * pieces.mean).sum(2)
             of_push.addcmul_(_box(shared, window, rows, box), strength)
-            of_x, of_w, _ = backward(of_push, x, pieces.centred, [needs_input, True, False])
+            of_x, of_w, _ = backward(of_push.to(x.dtype), x, pieces.kernels, [needs_input, True, False])
             of_weight += of_w
             if needs_input:
                 of_input[piece] = of_x

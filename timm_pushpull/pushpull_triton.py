@@ -1,12 +1,9 @@
 r"""Push-pull convolution on a GPU: one convolution, and a Triton kernel for all that follows it.
 
-It computes what :mod:`timm_pushpull.pushpull_fast` defines, in the precision of the result: cuDNN convolves the push
-kernel, one kernel sums the input under the kernel's window, in float32, and one reads the response once and writes the
-result. The backward pass computes the response once more and takes two kernels, between which the gradient of the pull
-response lies in memory. Sums over the batch are taken in a fixed order.
-
-In half precision that response is rounded, and what P and Q lose by it can change their sign. The push kernel loses its
-mean m first only where a flat image has a smaller Q than P, :math:`|c - m| < |m|`: else P would be less certain for it.
+It computes what :mod:`timm_pushpull.pushpull_fast` defines, in the same precision: cuDNN convolves the push kernel, one
+kernel sums the input under the kernel's window, in float32, and one reads the response once and writes the result. The
+backward pass computes the response once more and takes two kernels, between which the gradient of the pull response
+lies in memory. Sums over the batch are taken in a fixed order.
 """
 
 # The arguments of kernels have Triton's own types.
@@ -20,6 +17,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .pushpull_fast import convolution_dtype, less_mean
 
 __all__ = ['push_pull', 'push_pull_backward']
 
@@ -49,7 +48,7 @@ def push_pull(
     """
     with torch.autocast('cuda', enabled=False):
         responses = _Responses(input, weight, c, alpha, geometry, dtype)
-        output = torch.empty_like(responses.push)
+        output = torch.empty_like(responses.push, dtype=dtype)
         responses.launch(_combine, output)
         return output
 
@@ -89,7 +88,7 @@ def push_pull_backward(
         groups = responses.groups
         x, mask = input.to(of_push.dtype), [needs_input, True, False]
         of_input, of_weight, _ = aten.convolution_backward(
-            of_push, x, responses.centred, None, *shape, False, [0, 0], groups, mask
+            of_push, x, responses.kernels, None, *shape, False, [0, 0], groups, mask
         )
         if needs_input:
             by_mean = torch.einsum('ngohw,go->nghw', responses.by_group(of_push), responses.mean.view(groups, -1))
@@ -124,14 +123,10 @@ class _Responses:
         *_, self.groups, self.window = geometry
         stride, padding, dilation = geometry[0:2], geometry[2:4], geometry[4:6]
         self.conv: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=self.groups)
-        wide = weight.double()
-        mean = wide.mean((1, 2, 3))
-        mean *= mean.abs() > (c - mean).abs()
-        self.centred = (wide - mean.view(-1, 1, 1, 1)).to(dtype)
-        mean = (wide - self.centred).mean((1, 2, 3))  # with what was rounded off
-        self.mean, self.c_without_mean = mean.to(alpha.dtype), (c - mean).to(alpha.dtype)
+        self.kernels, mean = less_mean(weight, c, convolution_dtype(weight, dtype))
+        self.mean, self.c_less_mean = mean.to(alpha.dtype), (c - mean).to(alpha.dtype)
         self.alpha = alpha.contiguous()
-        push = F.conv2d(input.to(dtype), self.centred, **self.conv)
+        push = F.conv2d(input.to(self.kernels.dtype), self.kernels, **self.conv)
         channels_last = push.is_contiguous(memory_format=torch.channels_last) and not push.is_contiguous()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.push = push.contiguous(memory_format=self.memory_format)
@@ -160,7 +155,7 @@ class _Responses:
         in_group = channels // self.groups
         if self.push.numel():
             kernel[self.blocks, self.groups * triton.cdiv(in_group, self.channels)](
-                *(self.push, self.sums, self.mean, self.c_without_mean, self.alpha, *tensors),
+                *(self.push, self.sums, self.mean, self.c_less_mean, self.alpha, *tensors),
                 *(height, width, self.groups, in_group, *strides),
                 WINDOW=self.window,
                 PIXELS=self.pixels,
@@ -210,7 +205,7 @@ def _locate(height, width, groups, in_group, PIXELS: tl.constexpr, CHANNELS: tl.
 
 @triton.jit
 def _respond(
-    push, sums, mean, c_without_mean, image, pixel, is_pixel, group, channel, is_channel, height, width, groups,
+    push, sums, mean, c_less_mean, image, pixel, is_pixel, group, channel, is_channel, height, width, groups,
     channel_stride, pixel_stride, WINDOW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
@@ -235,7 +230,7 @@ def _respond(
     mask = is_pixel[:, None] & is_channel[None, :]
     centre = tl.load(push + pixel[:, None] * pixel_stride + channel[None, :] * channel_stride, mask, other=0.0)
     m = tl.load(mean + channel, is_channel, other=0.0)
-    c = tl.load(c_without_mean + channel, is_channel, other=0.0)
+    c = tl.load(c_less_mean + channel, is_channel, other=0.0)
     p = centre.to(ACCUMULATOR) + m[None, :] * tl.load(sums + pixel, is_pixel, other=0.0)[:, None]
     q = c[None, :] * average[:, None] - of_push * share[:, None]
     return p, q, average, share
@@ -243,14 +238,14 @@ def _respond(
 
 @triton.jit
 def _combine(
-    push, sums, mean, c_without_mean, alpha, output, height, width, groups, in_group, channel_stride, pixel_stride,
+    push, sums, mean, c_less_mean, alpha, output, height, width, groups, in_group, channel_stride, pixel_stride,
     WINDOW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """R = relu(P) - alpha relu(Q)."""
     image, pixel, is_pixel, group, channel, is_channel = _locate(height, width, groups, in_group, PIXELS, CHANNELS)
     start = image * groups * in_group * height * width
     p, q, _, _ = _respond(
-        push + start, sums, mean, c_without_mean, image, pixel, is_pixel, group, channel, is_channel, height, width,
+        push + start, sums, mean, c_less_mean, image, pixel, is_pixel, group, channel, is_channel, height, width,
         groups, channel_stride, pixel_stride, WINDOW, PIXELS, CHANNELS, ACCUMULATOR,
     )  # fmt: skip
     strength = tl.load(alpha + channel, is_channel, other=0.0)
@@ -262,7 +257,7 @@ def _combine(
 
 @triton.jit
 def _differentiate_pull(
-    push, sums, mean, c_without_mean, alpha, gradient, of_pull, of_alpha, of_c, height, width, groups, in_group,
+    push, sums, mean, c_less_mean, alpha, gradient, of_pull, of_alpha, of_c, height, width, groups, in_group,
     channel_stride, pixel_stride, WINDOW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
@@ -273,7 +268,7 @@ def _differentiate_pull(
     image, pixel, is_pixel, group, channel, is_channel = _locate(height, width, groups, in_group, PIXELS, CHANNELS)
     start = image * groups * in_group * height * width
     _, q, average, share = _respond(
-        push + start, sums, mean, c_without_mean, image, pixel, is_pixel, group, channel, is_channel, height, width,
+        push + start, sums, mean, c_less_mean, image, pixel, is_pixel, group, channel, is_channel, height, width,
         groups, channel_stride, pixel_stride, WINDOW, PIXELS, CHANNELS, ACCUMULATOR,
     )  # fmt: skip
     place = start + pixel[:, None] * pixel_stride + channel[None, :] * channel_stride
@@ -287,7 +282,7 @@ def _differentiate_pull(
 
 @triton.jit
 def _differentiate_push(
-    push, sums, mean, c_without_mean, alpha, gradient, of_pull, of_push, height, width, groups, in_group,
+    push, sums, mean, c_less_mean, alpha, gradient, of_pull, of_push, height, width, groups, in_group,
     channel_stride, pixel_stride, WINDOW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip

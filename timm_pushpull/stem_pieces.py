@@ -1,7 +1,6 @@
 """The stem of a network in inference, on pieces of the batch: its largest maps never leave the processor's cache."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -44,17 +43,16 @@ def stem_in_pieces(stem: Sequence[nn.Module], x: Tensor) -> Tensor:
     Returns:
         What the stem gives for them, in their memory format.
     """
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    conv: Any = stem[0]
-    size, output = _images(conv, x), None
-    for start in range(0, len(x), size):
-        piece = x[start : start + size].contiguous(memory_format=torch.channels_last)
-        for part in stem:
+    conv, *others = stem
+    output = None
+    for place, piece in conv.in_pieces(x.contiguous(memory_format=torch.channels_last)):  # type: ignore[operator]
+        for part in others:
             piece = part(piece)
         if output is None:
+            channels_last = x.is_contiguous(memory_format=torch.channels_last)
             memory_format = torch.channels_last if channels_last else torch.contiguous_format
             output = piece.new_empty((len(x), *piece.shape[1:])).contiguous(memory_format=memory_format)
-        output[start : start + size] = piece
+        output[place] = piece
     assert output is not None
     return output
 
