@@ -104,6 +104,16 @@ def test_models_of_one_protocol_share_a_table_and_others_do_not(tmp_path):
     assert {f'{part}-{name}' for part in (1, 2) for name in PICTURES} <= {p.name for p in path.parent.parent.rglob('*')}
 
 
+def test_training_runs_are_summed_up(tmp_path):
+    errors = {'plain': (2, 5), 'pp@1': (3, 4), 'pp@2': (5, 8), 'pp@3': (1, 3)}
+    path = write_report([write_finished(tmp_path / 'results', errors, baseline='plain')], tmp_path / 'page')
+    page = Page(path)
+    assert {p.name for p in path.parent.iterdir()} == {'report.html', 'runs.png', *PICTURES}
+    # Of ten pictures 3, 5 and 1 are wrong where they are clean, 4, 8 and 3 where they are corrupted.
+    assert page.row('pp')[0].startswith('pp  3  30.0 10.0 to 50.0  50.0 30.0 to 80.0')
+    assert page.row('plain')[1].startswith('plain  1  20.0 20.0 to 20.0  50.0 50.0 to 50.0')
+
+
 def test_unfinished_results_have_a_page_too(tmp_path):
     write_results(tmp_path / 'some', {'a': {('clean', 0): 2, ('fog', 1): 5}, 'b': {}}, images=10, classes=2)
     write_pictures(tmp_path / 'some', ['0.png'] * 10, [0] * 10, ['', ''])

@@ -92,7 +92,8 @@ def write_report(
     """Write a page on the models of results folders, and the PNG files that it holds.
 
     Models whose protocols differ in more than the model never share a table or a picture: each protocol has its own
-    part of the page.
+    part of the page. Models whose names differ only in what follows an ``@`` are training runs of one: their mean and
+    range are told too.
 
     Args:
         folders: Results folders.
@@ -196,13 +197,16 @@ def _by_protocol(folders: Sequence[str | os.PathLike[str]]) -> list[_Part]:
 def _section(part: _Part, output: Path, prefix: str, baseline: str | None) -> str:
     baseline = baseline or part.baseline or ''
     rows = summarize(part.protocol, part.answers, baseline if baseline in part.answers else None)
+    over_runs = _over_runs(rows)
     pictures = {
+        'runs': _error_by_corruption(over_runs) if over_runs else None,
         'error_by_corruption': _error_by_corruption(rows),
         'error_by_severity': _error_by_severity(part.answers),
         'mce_against_clean_error': _mce_against_clean_error(rows),
         'examples': _examples(part),
     }
     captions = {
+        'runs': 'Top-1 error by corruption, mean over the severities: mean of the training runs, and their range.',
         'error_by_corruption': 'Top-1 error by corruption, mean over the severities, with 95% intervals.',
         'error_by_severity': 'Top-1 error by severity, mean over the corruptions of a kind; 0 is clean.',
         'mce_against_clean_error': 'Plain mCE against the clean error, with 95% intervals; lower and further left is '
@@ -227,6 +231,7 @@ def _section(part: _Part, output: Path, prefix: str, baseline: str | None) -> st
             f'<p>{_in_words(part.protocol)}</p>',
             '<h2>Measures</h2>',
             _table(rows),
+            *(['<h2>Over training runs</h2>', _runs_table(over_runs)] if over_runs else []),
             '<h2>Where the errors are</h2>',
             *figures,
             _corruption_table(rows),
@@ -268,6 +273,36 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     if unreadable := sum(row['unreadable'] for row in rows):
         notes.append(f'{unreadable} answers to pictures that could not be read are left out.')
     return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{" ".join(notes)}</p><dl>{words}</dl>'
+
+
+def _over_runs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each model, if one has several training runs: the mean of each figure, its ends the range."""
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault(row['model'].rpartition('@')[0] or row['model'], []).append(row)
+    if len(runs) == len(rows):
+        return []
+    found = []
+    for model, of_model in runs.items():
+        figures: dict[str, Any] = {'model': model, 'runs': len(of_model)}
+        for name in (key for key in of_model[0] if f'{key}_low' in of_model[0]):
+            values = [row[name] for row in of_model if row.get(name, '') != '']
+            ends = (np.mean(values), min(values), max(values)) if len(values) == len(of_model) else ('', '', '')
+            figures |= dict(zip((name, f'{name}_low', f'{name}_high'), ends, strict=True))
+        found.append(figures)
+    return found
+
+
+def _runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    # The ratios to a baseline are to one run of it.
+    measures = [name for name in ('E', 'plain_mCE', 'alexnet_normalized_mCE') if any(row[name] != '' for row in rows)]
+    head = ''.join(f'<th>{name.replace("_", " ")}</th>' for name in measures)
+    lines = [f'<tr><th>model</th><th>runs</th>{head}</tr>']
+    for row in rows:
+        cells = ''.join(f'<td>{_with_interval(row, name)}</td>' for name in measures)
+        lines.append(f'<tr><td>{html.escape(row["model"])}</td><td>{row["runs"]}</td>{cells}</tr>')
+    note = 'Mean of the runs, and the smallest and the largest.'
+    return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
 
 
 def _with_interval(row: Mapping[str, Any], measure: str) -> str:
