@@ -17,9 +17,9 @@ PAPER = {
     'c10': (30, 64, 5e-3, 0.2, 5e-6),
 }
 CLASSES = {'in1k': 1000, 'in100': 100, 'in200': 200, 'c10': 10, 'imagenette': 10}
-SMALL = 'pp_resnet18.pp3_r64_imagenette'
+SMALL = {f'pp_resnet18.{unit}_r64_imagenette' for unit in ('pp3', 'pp5', 'baseline')}
 RECIPES = list(list_recipes())
-FAITHFUL = [name for name in RECIPES if '_e100_' not in name and name != SMALL]
+FAITHFUL = [name for name in RECIPES if '_e100_' not in name and name not in SMALL]
 
 
 def test_every_family_is_there():
@@ -40,7 +40,7 @@ def test_every_family_is_there():
     }
     assert set(FAITHFUL) == expected
     ours = {f'pp_resnet50.{unit}_{augmentation}e100_in1k' for unit in units for augmentation in augmentations}
-    assert set(RECIPES) == expected | ours | {SMALL}
+    assert set(RECIPES) == expected | ours | SMALL
     for name in ours:
         assert 'UNTESTED' in recipe_path(name).read_text()
 
@@ -57,7 +57,7 @@ def test_a_recipe_is_what_its_name_says(name):
         assert recipe['model_kwargs']['push_pull'] is False
     else:
         assert recipe['model_kwargs']['avg_pool_size'] == int(unit[-1])
-    size = (3, 64, 64) if name == SMALL else timm.get_pretrained_cfg(f'{architecture}.untrained').input_size
+    size = (3, 64, 64) if name in SMALL else timm.get_pretrained_cfg(f'{architecture}.untrained').input_size
     assert tuple(recipe['input_size']) == size
     assert recipe.get('class_map', '').endswith(f'imagenet_{data[2:]}_synsets.txt') == (data in ('in100', 'in200'))
 
