@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_data_config
+from timm.layers import BlurPool2d
 from timm.models import save_for_hf
 from torch import nn
 
@@ -193,3 +194,14 @@ def test_deep_stem():
     model = timm.create_model('pp_resnet18', stem_type='deep', stem_width=32)
     assert isinstance(model.conv1[0], PushPullConv2d)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+
+
+def test_anti_aliasing_by_its_name():
+    named, given = (timm.create_model('pp_resnet18', aa_layer=layer) for layer in ('blur', BlurPool2d))
+    named.load_state_dict(given.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(named.eval()(x), given.eval()(x))
+    plain = timm.create_model('pp_resnet18', aa_layer='blur', push_pull=False)
+    assert str(plain.layer2) == str(timm.create_model('resnetblur18').layer2)
+    with pytest.raises(ValueError, match="aa_layer must be a class or one of blur, avg, got 'sinc'"):
+        timm.create_model('pp_resnet18', aa_layer='sinc')

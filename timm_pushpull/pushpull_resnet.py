@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import BlurPool2d
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -44,12 +45,14 @@ class PushPullResNet(ResNet):
         stem_type: As timm's ``ResNet`` ('', 'deep', 'deep_tiered'), or 'cifar' for images of about 32x32: 3x3,
             stride 1, no max-pool, so that every feature map is four times as large on a side as that of ``''``.
         output_stride: Stride of the last feature map: 32, 16 or 8, with the 'cifar' stem 8, 4 or 2.
+        aa_layer: Anti-aliasing, as timm's ``ResNet``, or by a name: 'blur' or 'avg'.
         augment: 'prime' augments each batch by :class:`~timm_pushpull.PRIME` in training mode, with its settings for
             32x32 under the 'cifar' stem and those for ImageNet otherwise; None for no augmentation.
         **kwargs: As timm's ``ResNet``.
 
     Raises:
-        ValueError: As :class:`~timm_pushpull.PushPullConv2d`, or if the stride does not exist with the 'cifar' stem.
+        ValueError: As :class:`~timm_pushpull.PushPullConv2d`, if the stride does not exist with the 'cifar' stem, or if
+            the anti-aliasing does not exist.
     """
 
     __jit_unused_properties__ = ['_model_args']
@@ -70,6 +73,8 @@ class PushPullResNet(ResNet):
             raise ValueError(f'push_pull must be True or False, got {push_pull!r}.')
         if augment not in (None, 'prime'):
             raise ValueError(f"augment must be 'prime' or None, got {augment!r}.")
+        if isinstance(kwargs.get('aa_layer'), str):
+            kwargs['aa_layer'] = _aa_layer(kwargs['aa_layer'])
         cifar = stem_type == 'cifar'
         if cifar:
             if output_stride not in (2, 4, 8, 16, 32):
@@ -126,6 +131,14 @@ class PushPullResNet(ResNet):
         # Renamed here too, because timm's `--initial-checkpoint` knows no filter function.
         rename_published(state_dict, self, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _aa_layer(name: str) -> type[nn.Module]:
+    """What timm's ``ResNet``, unlike other models of timm, knows by its class only."""
+    layers: dict[str, type[nn.Module]] = {'blur': BlurPool2d, 'avg': nn.AvgPool2d}
+    if name not in layers:
+        raise ValueError(f'aa_layer must be a class or one of {", ".join(layers)}, got {name!r}.')
+    return layers[name]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
