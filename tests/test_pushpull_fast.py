@@ -2,41 +2,14 @@
 
 import copy
 import shutil
-from statistics import median
 
 import pytest
 import torch
+from accuracy import FLOOR, GEOMETRIES, Errors, differentiate, draw
 
 from timm_pushpull import PushPullConv2d, push_pull_conv2d
 from timm_pushpull import pushpull_conv as conv
 from timm_pushpull import pushpull_fast as fast
-
-# in_chans, out_chans, kernel, stride, padding, dilation, groups
-GEOMETRIES = {
-    'imagenet': (3, 16, (7, 7), (2, 2), (3, 3), (1, 1), 1),
-    'cifar': (3, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1),
-    'groups': (4, 8, (3, 5), (1, 2), (2, 1), (2, 1), 2),
-    'depthwise': (6, 6, (3, 3), (2, 2), (0, 1), (1, 2), 6),
-    'line': (2, 16, (1, 9), (1, 1), (0, 0), (1, 1), 1),  # of one column
-}
-
-
-def errors(dtype, implementation, inputs, gradient, geometry, window, autocast=None):
-    """Relative errors of the output and of each gradient against float64."""
-    stride, padding, dilation, groups = geometry
-
-    def run(inputs, gradient, implementation):
-        inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
-        x, weight, alpha = inputs
-        with torch.autocast('cpu', autocast, enabled=autocast is not None and x.dtype == torch.float32):
-            output = push_pull_conv2d(
-                x, weight, alpha, None, stride, padding, dilation, groups, window, implementation=implementation
-            )
-        return output, *torch.autograd.grad(output, inputs, gradient.to(output.dtype))
-
-    found = run([x.to(dtype) for x in inputs], gradient, implementation)
-    exact = run([x.to(dtype).double() for x in inputs], gradient.double(), 'reference')
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
@@ -56,27 +29,15 @@ def errors(dtype, implementation, inputs, gradient, geometry, window, autocast=N
     ids=str,
 )
 def test_as_accurate_as_the_reference(dtype, autocast, geometry, offset, window, memory_format, monkeypatch):
-    # Enough pictures that rounding puts as many responses on the other side of zero in one way as in the other.
-    images = 3 if autocast is None else 48
+    images = 3 if autocast is None else 12
     # several pieces, of several pictures where they are small
     monkeypatch.setattr(fast, 'CHUNK_BYTES', 8_000 * images // 3)
-    in_chans, out_chans, kernel, *geometry = GEOMETRIES[geometry]
-    ours, theirs = [], []
+    errors = Errors()
     for _ in range(3):
-        x = (torch.randn(images, in_chans, 19, 9 if kernel == (1, 9) else 15) + offset).to(memory_format=memory_format)
-        weight = torch.randn(out_chans, in_chans // geometry[-1], *kernel)
-        if offset:  # a mean of max + min: large responses, whose difference is small
-            flat = weight.flatten(1)
-            weight += (flat.mean(1) - flat.amax(1) - flat.amin(1)).view(-1, 1, 1, 1)
-        inputs = [x, weight.to(memory_format=memory_format), torch.rand(out_chans) * 2 - 0.5]
-        gradient = torch.randn_like(push_pull_conv2d(*inputs, None, *geometry, window))
-        ours.append(errors(dtype, 'fast', inputs, gradient, geometry, window, autocast))
-        theirs.append(errors(dtype, 'reference', inputs, gradient, geometry, window, autocast))
-    floor = {torch.float64: 1e-12, torch.float32: 5e-7}.get(autocast or dtype, 0)  # a few roundings are no loss
-    pairs = zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)
-    for name, (our, their) in zip(('output', 'input', 'weight', 'alpha'), pairs, strict=True):
-        our, their = median(our), median(their)  # a response within rounding of zero may take the other side of it
-        assert our <= max(2 * their, floor), f'{name}: {our:.1e}, the reference {their:.1e}'
+        drawn = [tensor.to(dtype) for tensor in draw(geometry, window, offset, images, memory_format)]
+        ours, theirs = (differentiate(way, *drawn, geometry, window, autocast) for way in ('fast', 'reference'))
+        errors.add(ours, theirs, differentiate('reference', *map(torch.Tensor.double, drawn), geometry, window))
+    errors.check(floor={torch.float64: 1e-12, torch.float32: FLOOR[offset]}.get(autocast or dtype, 0))
 
 
 def test_empty_and_single():

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from accuracy import FLOOR, GEOMETRIES, Errors, differentiate, draw
 
-from timm_pushpull import PushPullConv2d, push_pull_conv2d
+from timm_pushpull import PushPullConv2d
 from timm_pushpull.stem_pieces import runs_in_pieces
 
 pytest.importorskip('triton')
@@ -12,107 +13,72 @@ from timm_pushpull import pushpull_triton
 CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'
 
-# in_chans, out_chans, kernel, stride, padding, dilation, groups, averaging window, size of the images
-CASES = {
-    'imagenet': (3, 16, (7, 7), (2, 2), (3, 3), (1, 1), 1, 3, (19, 15)),
-    'wide window': (3, 20, (3, 3), (1, 1), (1, 1), (1, 1), 1, 5, (13, 11)),
-    'no window': (3, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1, (13, 11)),
-    'groups': (4, 8, (3, 5), (1, 2), (2, 1), (2, 1), 2, 3, (12, 15)),
-    'depthwise': (6, 6, (3, 3), (2, 2), (0, 1), (1, 2), 6, 3, (19, 15)),
-    'line': (2, 16, (1, 9), (1, 1), (0, 0), (1, 1), 1, 5, (19, 9)),  # of one column
-}
 
-
-def draw(case, offset, memory_format):
-    in_chans, out_chans, kernel, *geometry, groups, window, size = CASES[case]
-    x = torch.randn(64 if CUDA else 2, in_chans, *size) + offset
-    weight = torch.randn(out_chans, in_chans // groups, *kernel)
-    if offset:  # a mean of max + min: large responses, whose difference is small
-        flat = weight.flatten(1)
-        weight += (flat.mean(1) - flat.amax(1) - flat.amin(1)).view(-1, 1, 1, 1)
-    inputs = x, weight, torch.rand(out_chans) * 2 - 0.5
-    gradient = torch.randn_like(push_pull_conv2d(*inputs, None, *geometry, groups, 0))
-    if not CUDA:  # so few responses that one which rounding puts on the other side of zero would decide
-        push = torch.conv2d(x, weight, None, *geometry, groups)
-        c = weight.amax((1, 2, 3), keepdim=True) + weight.amin((1, 2, 3), keepdim=True)
-        pull = torch.conv2d(x, c - weight, None, *geometry, groups)
-        pull = torch.nn.functional.avg_pool2d(pull, window, 1, window // 2, count_include_pad=False)
-        for response in (push, pull):
-            gradient *= response.abs() > 0.05 * response.std()
-    return [tensor.to(memory_format=memory_format) for tensor in (x, weight)], inputs[2], gradient
-
-
-def by_kernels(x, weight, alpha, gradient, case, dtype):
-    """The output and the gradients of input, weight and alpha."""
-    *_, stride, padding, dilation, groups, window, _ = CASES[case]
+def by_kernels(x, weight, alpha, gradient, geometry, window, dtype):
+    """The output, and the gradients of weight, alpha and input."""
     x, weight, alpha, gradient = (tensor.to(DEVICE) for tensor in (x, weight, alpha, gradient))
     alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
-    geometry = [*stride, *padding, *dilation, groups, window]
+    numbers = operator_geometry(geometry, window)
     weight.requires_grad_()
     wide = weight.double()
     c = wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
     with torch.no_grad():
-        output = pushpull_triton.push_pull(x, weight, c, alpha, geometry, dtype)
+        output = pushpull_triton.push_pull(x, weight, c, alpha, numbers, dtype)
         of_input, of_weight, of_c, of_alpha = pushpull_triton.push_pull_backward(
-            gradient.to(dtype), x, weight, c, alpha, geometry, True
+            gradient.to(dtype), x, weight, c, alpha, numbers, True
         )
     assert (output.dtype, of_input.dtype, of_weight.dtype) == (dtype, x.dtype, weight.dtype)
-    return [output, of_input, of_weight + torch.autograd.grad(c, weight, of_c)[0], of_alpha]
+    return output, of_weight + torch.autograd.grad(c, weight, of_c)[0], of_alpha, of_input
 
 
-def by_equation(x, weight, alpha, gradient, case, dtype):
-    *_, stride, padding, dilation, groups, window, _ = CASES[case]
-    inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, alpha)]
-    with torch.autocast('cpu', dtype, enabled=dtype != x.dtype):
-        output = push_pull_conv2d(*inputs, None, stride, padding, dilation, groups, window, implementation='reference')
-    return [output, *torch.autograd.grad(output, inputs, gradient.to(dtype))]
-
-
-def errors(found, exact):
-    return [
-        ((ours.double().cpu() - right).norm() / right.norm()).item() for ours, right in zip(found, exact, strict=True)
-    ]
+def operator_geometry(geometry, window):
+    *_, stride, padding, dilation, groups, _ = GEOMETRIES[geometry]
+    return [*stride, *padding, *dilation, groups, max(window, 1)]
 
 
 @pytest.mark.parametrize(
     'offset, memory_format', [(20, torch.contiguous_format), (0, torch.channels_last)], ids=['nchw', 'nhwc']
 )
 @pytest.mark.parametrize(
-    'case, dtype, autocast',
+    'geometry, window, dtype, autocast',
     [
-        *((case, torch.float32, None) for case in CASES),
-        ('imagenet', torch.float64, None),
-        ('imagenet', torch.bfloat16, None),
-        ('imagenet', torch.float16, None),
-        ('imagenet', torch.float32, torch.bfloat16),
-        ('imagenet', torch.float32, torch.float16),
-        ('groups', torch.float32, torch.float16),
+        ('imagenet', 3, torch.float32, None),
+        ('cifar', 5, torch.float32, None),
+        ('cifar', 0, torch.float32, None),
+        ('groups', 3, torch.float32, None),
+        ('depthwise', 3, torch.float32, None),
+        ('line', 5, torch.float32, None),
+        ('imagenet', 3, torch.float64, None),
+        ('imagenet', 3, torch.bfloat16, None),
+        ('imagenet', 3, torch.float16, None),
+        ('imagenet', 3, torch.float32, torch.bfloat16),
+        ('imagenet', 3, torch.float32, torch.float16),
+        ('groups', 3, torch.float32, torch.float16),
     ],
     ids=str,
 )
-def test_as_accurate_as_the_reference(case, dtype, autocast, offset, memory_format, monkeypatch):
+def test_as_accurate_as_the_reference(geometry, window, dtype, autocast, offset, memory_format, monkeypatch):
     monkeypatch.setattr(
         pushpull_triton, 'convolution_dtype', lambda *_: autocast or torch.promote_types(dtype, torch.float32)
     )
-    (x, weight), *others = draw(case, offset, memory_format)
-    rounded = [tensor.to(dtype) for tensor in (x, weight, *others)]
-    exact = by_equation(*(tensor.double() for tensor in rounded), case, torch.float64)
+    errors = Errors()
+    for _ in range(3):
+        images = 64 if CUDA else 2
+        drawn = [tensor.to(dtype) for tensor in draw(geometry, window, offset, images, memory_format)]
+        ours = by_kernels(*drawn, geometry, window, autocast or dtype)
+        theirs = differentiate('reference', *drawn, geometry, window, autocast)
+        errors.add(ours, theirs, differentiate('reference', *map(torch.Tensor.double, drawn), geometry, window))
     dtype = autocast or dtype
-    ours, theirs = (errors(way(*rounded, case, dtype), exact) for way in (by_kernels, by_equation))
     # Triton's interpreter cuts off where it should round to bfloat16, always towards zero.
     factor = 4 if dtype == torch.bfloat16 and not CUDA else 2
-    floor = {torch.float64: 1e-12, torch.float32: 5e-7}.get(dtype, 2e-4)  # a few roundings are no loss
-    for name, our, their in zip(('output', 'input', 'weight', 'alpha'), ours, theirs, strict=True):
-        assert our <= max(factor * their, floor), f'{name}: {our:.1e}, the reference {their:.1e}'
+    errors.check(factor, floor={torch.float64: 1e-12, torch.float32: FLOOR[offset]}.get(dtype, 2e-4))
 
 
 def test_where_the_input_needs_no_gradient():
-    (x, weight), alpha, gradient = draw('imagenet', 0, torch.channels_last)
-    *_, stride, padding, dilation, groups, window, _ = CASES['imagenet']
+    x, weight, alpha, gradient = draw('imagenet', 3, 0, 2, torch.channels_last)
     tensors = [tensor.to(DEVICE) for tensor in (gradient, x, weight, weight.double().sum((1, 2, 3)), alpha)]
-    geometry = [*stride, *padding, *dilation, groups, window]
-    _, *others = pushpull_triton.push_pull_backward(*tensors, geometry, True)
-    nothing, *same = pushpull_triton.push_pull_backward(*tensors, geometry, False)
+    _, *others = pushpull_triton.push_pull_backward(*tensors, operator_geometry('imagenet', 3), True)
+    nothing, *same = pushpull_triton.push_pull_backward(*tensors, operator_geometry('imagenet', 3), False)
     assert nothing.numel() == 0 and all(map(torch.equal, others, same))
 
 

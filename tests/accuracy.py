@@ -1,0 +1,76 @@
+"""How accurate a version of the push-pull convolution is, beside the equation in the same precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_pushpull import push_pull_conv2d
+
+# in_chans, out_chans, kernel, stride, padding, dilation, groups, size of the images
+GEOMETRIES = {
+    'imagenet': (3, 16, (7, 7), (2, 2), (3, 3), (1, 1), 1, (19, 15)),
+    'cifar': (3, 20, (3, 3), (1, 1), (1, 1), (1, 1), 1, (13, 11)),
+    'groups': (4, 8, (3, 5), (1, 2), (2, 1), (2, 1), 2, (19, 15)),
+    'depthwise': (6, 6, (3, 3), (2, 2), (0, 1), (1, 2), 6, (19, 15)),
+    'line': (2, 16, (1, 9), (1, 1), (0, 0), (1, 1), 1, (19, 9)),  # of one column
+}
+
+FLOOR = {0: 5e-7, 20: 4e-6}  # by offset, for float32: a few roundings are no loss
+
+
+def draw(geometry, window, offset, images, memory_format):
+    """Draw images, weights, alpha and the gradient of the response.
+
+    The gradient is zero where P or Q is within rounding of zero: a response on the other side of it is no less
+    accurate, and a few of them would decide.
+    """
+    in_chans, out_chans, kernel, *geometry, groups, size = GEOMETRIES[geometry]
+    x = torch.randn(images, in_chans, *size) + offset
+    weight = torch.randn(out_chans, in_chans // groups, *kernel)
+    if offset:  # a mean of max + min: large responses, whose difference is small
+        flat = weight.flatten(1)
+        weight += (flat.mean(1) - flat.amax(1) - flat.amin(1)).view(-1, 1, 1, 1)
+    push = F.conv2d(x, weight, None, *geometry, groups)
+    c = weight.amax((1, 2, 3), keepdim=True) + weight.amin((1, 2, 3), keepdim=True)
+    pull = F.conv2d(x, c - weight, None, *geometry, groups)
+    if window:
+        pull = F.avg_pool2d(pull, window, 1, window // 2, count_include_pad=False)
+    gradient = torch.randn_like(push)
+    for response in (push, pull):
+        gradient *= response.abs() > 0.05 * response.std()
+    x, weight = (tensor.to(memory_format=memory_format) for tensor in (x, weight))
+    return x, weight, torch.rand(out_chans) * 2 - 0.5, gradient
+
+
+def differentiate(implementation, x, weight, alpha, gradient, geometry, window, autocast=None, needs_input=True):
+    """The output, and the gradients of weight, alpha and, where it is needed, the input."""
+    *_, stride, padding, dilation, groups, _ = GEOMETRIES[geometry]
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (weight, alpha)]
+    x = x.detach().clone().requires_grad_(needs_input)
+    with torch.autocast('cpu', autocast, enabled=autocast is not None):
+        output = push_pull_conv2d(
+            x, *inputs, None, stride, padding, dilation, groups, window, implementation=implementation
+        )
+    return output, *torch.autograd.grad(output, [*inputs, x][: 2 + needs_input], gradient.to(output.dtype))
+
+
+class Errors:
+    """Errors of two ways over several draws, relative to float64."""
+
+    def __init__(self):
+        self.ours, self.theirs = [], []
+
+    def add(self, ours, theirs, exact):
+        for errors, found in ((self.ours, ours), (self.theirs, theirs)):
+            errors.append([relative(one, right) for one, right in zip(found, exact, strict=True)])
+
+    def check(self, factor=2.0, floor=0.0):
+        """Fail where the root mean square of our errors is larger than so many times theirs."""
+        squares = (torch.tensor(errors).square().mean(0).sqrt().tolist() for errors in (self.ours, self.theirs))
+        for name, our, their in zip(('output', 'weight', 'alpha', 'input'), *squares, strict=False):
+            if our > max(factor * their, floor):
+                pytest.fail(f'{name}: {our:.1e}, the reference {their:.1e}')
+
+
+def relative(found, exact):
+    return ((found.double().cpu() - exact).norm() / exact.norm()).item()
