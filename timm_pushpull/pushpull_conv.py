@@ -4,7 +4,7 @@ Paper: `PushPull-Net: Inhibition-driven ResNet robust to image corruptions` - ht
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from .pushpull_fast import fast_push_pull_conv2d, is_fast, push_pull_pieces
+from .pushpull_fast import fast_push_pull_conv2d, is_fast, operands
 
 if TYPE_CHECKING:
     _T = TypeVar('_T')
@@ -264,11 +264,14 @@ class PushPullConv2d(nn.Conv2d):
         if 'alpha' in self._parameters:  # not yet while nn.Conv2d is being built
             self.reset_alpha()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _padded(self, input: Tensor) -> Tensor:
         if self._pads_input:
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self._pad_mode)
+            return F.pad(input, self._reversed_padding_repeated_twice, mode=self._pad_mode)
+        return input
+
+    def forward(self, input: Tensor) -> Tensor:
         return push_pull_conv2d(
-            input,
+            self._padded(input),
             self.weight,
             self.alpha,
             self.bias,
@@ -280,20 +283,17 @@ class PushPullConv2d(nn.Conv2d):
             self.implementation,
         )
 
-    def in_pieces(self, input: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Apply the layer to a batch by :func:`timm_pushpull.pushpull_fast.push_pull_pieces`.
+    def operands(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int], torch.dtype]:
+        """Prepare what the operators of :mod:`timm_pushpull.pushpull_fast` take.
 
         Args:
             input: Images or feature maps (N, C, H, W).
 
-        Yields:
-            Place of the piece in the batch, and its response.
+        Returns:
+            As :func:`timm_pushpull.pushpull_fast.operands`.
         """
-        if self._pads_input:
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self._pad_mode)
         geometry = *map(_pair, (self.stride, self._conv_padding, self.dilation)), self.groups, self.avg_pool_size
-        for piece, response in push_pull_pieces(input, self.weight, self.alpha, *geometry):
-            yield piece, response if self.bias is None else (response + self.bias.view(-1, 1, 1)).to(response.dtype)
+        return operands(self._padded(input), self.weight, self.alpha, *geometry)
 
     def extra_repr(self) -> str:
         alpha = 'trainable' if self.trainable_alpha else self.alpha

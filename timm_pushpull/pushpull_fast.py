@@ -15,6 +15,7 @@ The backward pass computes the responses once more instead of keeping them, so t
 convolution does not keep. Both are custom operators: ``torch.compile`` sees one node with a gradient.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['convolution_dtype', 'fast_push_pull_conv2d', 'is_fast', 'less_mean', 'push_pull_pieces']
+from .pushpull_native import FEWEST_VALUES, NativeSteps, native_library
+
+__all__ = [
+    'Pieces',
+    'convolution_dtype',
+    'empty_in_format',
+    'fast_push_pull_conv2d',
+    'is_fast',
+    'less_mean',
+    'operands',
+]
 
 aten = torch.ops.aten
 
@@ -91,10 +102,10 @@ def fast_push_pull_conv2d(
     Returns:
         Response (N, O, H', W').
     """
-    return _push_pull(*_operands(input, weight, alpha, stride, padding, dilation, groups, avg_pool_size))
+    return _push_pull(*operands(input, weight, alpha, stride, padding, dilation, groups, avg_pool_size))
 
 
-def push_pull_pieces(
+def operands(
     input: Tensor,
     weight: Tensor,
     alpha: float | Tensor,
@@ -103,10 +114,8 @@ def push_pull_pieces(
     dilation: Sequence[int],
     groups: int,
     avg_pool_size: int,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Compute :func:`fast_push_pull_conv2d` piece by piece, for what follows to take each while it is in cache.
-
-    For a CPU, and where autograd is off.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int], torch.dtype]:
+    """Prepare what the operator takes.
 
     Args:
         input: As for :func:`fast_push_pull_conv2d`, and so for all that follow.
@@ -118,33 +127,9 @@ def push_pull_pieces(
         groups: Number of blocked connections.
         avg_pool_size: Side of the averaging window.
 
-    Yields:
-        Place of the piece in the batch, and its response.
+    Returns:
+        Input, push kernels, their maximum and minimum added, alpha of each channel, geometry, precision of the result.
     """
-    operands = _operands(input, weight, alpha, stride, padding, dilation, groups, avg_pool_size)
-    with torch.autocast('cpu', enabled=False):
-        pieces = _Pieces(*operands).rectified()
-    while True:
-        with torch.autocast('cpu', enabled=False):  # for this, not for what is done with a piece
-            found = next(pieces, None)
-            if found is None:
-                return
-            place, push, pull, strength = found
-            response = push.addcmul_(pull, strength).to(operands[-1])
-        yield place, response
-
-
-def _operands(
-    input: Tensor,
-    weight: Tensor,
-    alpha: float | Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    avg_pool_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int], torch.dtype]:
-    """What the operator takes."""
     device = input.device.type
     autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
@@ -202,7 +187,7 @@ def less_mean(weight: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return kernels, (wide - kernels).mean((1, 2, 3))  # with what was rounded off
 
 
-class _Pieces:
+class Pieces:
     """What both directions need of each piece of the batch."""
 
     def __init__(
@@ -214,7 +199,7 @@ class _Pieces:
         geometry: Sequence[int],
         result_dtype: torch.dtype,
     ) -> None:
-        self.input, self.alpha = input, alpha
+        self.input, self.alpha, self.result_dtype = input, alpha, result_dtype
         self.conv, self.window = _unpack(geometry)
         self.groups = groups = self.conv['groups']
         self.dtype = dtype = _computing_dtype(weight)
@@ -223,21 +208,45 @@ class _Pieces:
         self.mean = mean.to(dtype).view(groups, -1, 1, 1)
         self.c_less_mean = (c - mean).to(dtype).view(groups, -1, 1, 1)
         self.ones = self.mean.new_ones(groups, 1, *weight.shape[2:])
-        self.channel_sums = input.to(dtype).unflatten(1, (groups, -1)).sum(2)
+        channels = input.to(dtype).unflatten(1, (groups, -1))
+        # One after the other where they are few: that is faster in channels_last.
+        self.channel_sums = (
+            functools.reduce(torch.add, channels.unbind(2)) if channels.shape[2] < 8 else channels.sum(2)
+        )
         self.sums = F.conv2d(self.channel_sums, self.ones, **self.conv)
         self.box_sums = _box(self.sums, self.window, torch.empty_like(self.sums), torch.empty_like(self.sums))
         counts = torch.ones_like(self.sums[:1, :1])
         self.inverse_counts = 1 / _box(counts, self.window, torch.empty_like(counts), torch.empty_like(counts))
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield for each piece its place, its input, P, and -Q times the number of values in the window."""
+    def native_steps(self) -> NativeSteps | None:
+        """The compiled steps, where they serve."""
+        large = len(self.input) * math.prod(self.sums.shape[2:]) * len(self.kernels) >= FEWEST_VALUES
+        dtypes = self.kernels.dtype, self.result_dtype
+        if not large or self.groups > 1 or self.dtype != torch.float32:
+            return None
+        if dtypes[0] not in (torch.float32, dtypes[1]) or dtypes[1] not in (torch.float32, torch.bfloat16):
+            return None
+        library = native_library(self.window)
+        if library is None:
+            return None
+        averages = self.box_sums * self.inverse_counts
+        numbers = (numbers.flatten() for numbers in (self.mean, self.c_less_mean, self.alpha))
+        return NativeSteps(library, self.sums, averages, self.inverse_counts, *numbers)
+
+    def convolved(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield for each piece its place, its input and the response of the kernels."""
         bytes_of_image = len(self.kernels) * math.prod(self.sums.shape[2:]) * self.dtype.itemsize
         size = max(1, CHUNK_BYTES // max(bytes_of_image, 1))
-        memory = None  # the same for each piece: to take new memory costs more than to compute in it
         for start in range(0, len(self.input), size):
             piece = slice(start, start + size)
             x = self.input[piece].to(self.kernels.dtype)
-            push = F.conv2d(x, self.kernels, **self.conv).to(self.dtype)
+            yield piece, x, F.conv2d(x, self.kernels, **self.conv)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Yield for each piece its place, its input, P, and -Q times the number of values in the window."""
+        memory = None  # the same for each piece: to take new memory costs more than to compute in it
+        for piece, x, push in self.convolved():
+            push = push.to(self.dtype)
             if memory is None:
                 memory = torch.empty_like(push), torch.empty_like(push)
             pull = _box(push, self.window, *(buffer[: len(push)] for buffer in memory))
@@ -278,11 +287,20 @@ def _line_sums(x: Tensor, dim: int, reach: int, sums: Tensor) -> Tensor:
     return sums
 
 
-def _empty(like: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
-    """Memory for the result, in the format of the convolution's."""
+def empty_in_format(like: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Take memory for maps in the memory format of others.
+
+    Args:
+        like: Maps (N, C, H, W).
+        size: Of the new ones.
+        dtype: Of the new ones.
+
+    Returns:
+        Memory without values.
+    """
     channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((batch_size, *like.shape[1:]), dtype=dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 @torch.library.custom_op(
@@ -297,15 +315,23 @@ def _push_pull(
     dtype: torch.dtype,
 ) -> Tensor:
     with torch.autocast('cpu', enabled=False):
-        pieces, output = _Pieces(input, weight, c, alpha, geometry, dtype), None
-        for piece, push, pull, strength in pieces.rectified():
-            if output is None:
-                output = _empty(push, len(input), dtype)
-            if dtype == push.dtype:
-                torch.addcmul(push, pull, strength, out=output[piece])
-            else:
-                output[piece] = push.addcmul_(pull, strength)
-        return pieces.sums.new_empty(0, len(weight), *pieces.sums.shape[2:]).to(dtype) if output is None else output
+        pieces, output = Pieces(input, weight, c, alpha, geometry, dtype), None
+        size = len(input), len(weight), *pieces.sums.shape[2:]
+        steps = pieces.native_steps()
+        if steps is not None:
+            for piece, _, push in pieces.convolved():
+                if output is None:
+                    output = empty_in_format(push, size, dtype)
+                steps.respond(piece, push, output[piece])
+        else:
+            for piece, push, pull, strength in pieces.rectified():
+                if output is None:
+                    output = empty_in_format(push, size, dtype)
+                if dtype == push.dtype:
+                    torch.addcmul(push, pull, strength, out=output[piece])
+                else:
+                    output[piece] = push.addcmul_(pull, strength)
+        return input.new_empty(size, dtype=dtype) if output is None else output
 
 
 @_push_pull.register_kernel('cuda')
@@ -333,7 +359,7 @@ def _(
 ) -> Tensor:
     conv, _ = _unpack(geometry)
     push = F.conv2d(input.to(alpha.dtype), weight.to(alpha.dtype), **conv)
-    return _empty(push, len(push), dtype)
+    return empty_in_format(push, push.shape, dtype)
 
 
 @torch.library.custom_op(
@@ -351,7 +377,7 @@ def _push_pull_backward(
     needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast('cpu', enabled=False):
-        pieces = _Pieces(input, weight, c, alpha, geometry, gradient.dtype)
+        pieces = Pieces(input, weight, c, alpha, geometry, gradient.dtype)
         groups, window = pieces.groups, pieces.window
         of_input = torch.zeros_like(input) if needs_input else input.new_empty(0)
         of_weight = torch.zeros_like(weight, dtype=pieces.dtype)
@@ -363,6 +389,18 @@ def _push_pull_backward(
         def backward(of_output: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> Sequence[Tensor]:
             shape = (pieces.conv[key] for key in ('stride', 'padding', 'dilation'))
             return aten.convolution_backward(of_output, x, w, None, *shape, False, [0, 0], groups, mask)
+
+        steps = None if needs_input else pieces.native_steps()
+        if steps is not None:
+            less_of_alpha, of_pushes = torch.zeros_like(of_c), None
+            for piece, x, push in pieces.convolved():
+                of_pushes = torch.empty_like(push) if of_pushes is None else of_pushes
+                of_push = of_pushes[: len(push)]
+                memory_format = torch.contiguous_format if push.is_contiguous() else torch.channels_last
+                of_output = gradient[piece].contiguous(memory_format=memory_format)
+                steps.differentiate(piece, push, of_output, of_push, less_of_alpha, of_c)
+                of_weight += backward(of_push, x, pieces.kernels, [False, True, False])[1]
+            return of_input, of_weight.to(weight.dtype), -of_c * alpha, -less_of_alpha.to(alpha.dtype)
 
         memory = None
         for piece, x, push, pull in pieces:

@@ -1,40 +1,50 @@
 """The stem of a network in inference, on pieces of the batch: its largest maps never leave the processor's cache."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from .pushpull_conv import PushPullConv2d
-from .pushpull_fast import CHUNK_BYTES, is_fast
+from .pushpull_fast import CHUNK_BYTES, SHARED, Pieces, empty_in_format, is_fast
 
 __all__ = ['runs_in_pieces', 'stem_in_pieces']
 
 
 def runs_in_pieces(stem: Sequence[nn.Module], x: Tensor) -> bool:
-    """Decide whether a stem is computed in pieces of the batch.
+    """Decide whether a stem is computed in pieces.
 
     Args:
-        stem: Push-pull convolution, normalization, activation and pooling.
+        stem: Convolution, normalization, activation and pooling.
         x: Images.
 
     Returns:
-        True in inference on a CPU, where no image's result depends on another's and nobody looks in between.
+        True in inference on a CPU, for a push-pull convolution, BatchNorm by running statistics, ReLU and max-pool or
+        none, where nobody looks in between and the convolution's response would not stay in the cache.
     """
-    if type(x) is not Tensor or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.device.type != 'cpu' or torch.is_grad_enabled():
         return False
-    conv, norm, *_ = stem
-    if not isinstance(conv, PushPullConv2d) or getattr(norm, 'running_mean', None) is None:
+    conv, norm, act, pool = stem
+    if not (isinstance(conv, PushPullConv2d) and type(norm) is nn.BatchNorm2d and norm.affine and type(act) is nn.ReLU):
         return False
-    if not is_fast(conv.implementation, x, conv.weight) or len(x) <= _images(conv, x):
+    if norm.running_mean is None or type(pool) not in (nn.MaxPool2d, nn.Identity):
         return False
-    modules = [module for part in stem for module in part.modules()]
-    return not any(module.training or module._forward_hooks or module._forward_pre_hooks for module in modules)
+    if isinstance(pool, nn.MaxPool2d):
+        numbers = pool.kernel_size, pool.stride, pool.padding
+        if pool.ceil_mode or pool.return_indices or pool.dilation != 1 or not all(isinstance(n, int) for n in numbers):
+            return False
+    if any(module.training or module._forward_hooks or module._forward_pre_hooks for module in stem):
+        return False
+    values = conv.out_channels * x.shape[2] * x.shape[3] // math.prod(conv.stride)
+    return is_fast(conv.implementation, x, conv.weight) and 4 * len(x) * values > CHUNK_BYTES
 
 
 def stem_in_pieces(stem: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Compute a stem in pieces of the batch, in channels_last, which pooling is much faster in.
+    """Compute a stem in pieces.
 
     Args:
         stem: As for :func:`runs_in_pieces`.
@@ -43,21 +53,74 @@ def stem_in_pieces(stem: Sequence[nn.Module], x: Tensor) -> Tensor:
     Returns:
         What the stem gives for them, in their memory format.
     """
-    conv, *others = stem
-    output = None
-    for place, piece in conv.in_pieces(x.contiguous(memory_format=torch.channels_last)):  # type: ignore[operator]
-        for part in others:
-            piece = part(piece)
-        if output is None:
-            channels_last = x.is_contiguous(memory_format=torch.channels_last)
-            memory_format = torch.channels_last if channels_last else torch.contiguous_format
-            output = piece.new_empty((len(x), *piece.shape[1:])).contiguous(memory_format=memory_format)
-        output[place] = piece
-    assert output is not None
-    return output
+    conv, norm, _, pool = stem
+    *tensors, geometry, dtype = conv.operands(x)  # type: ignore[operator]
+    scale, shift = _as_scale_and_shift(norm, conv.bias)  # type: ignore[arg-type]
+    sizes = [pool.kernel_size, pool.stride, pool.padding] if isinstance(pool, nn.MaxPool2d) else [1, 1, 0]
+    return _stem(*tensors, geometry, scale, shift, sizes, dtype)
 
 
-def _images(conv: PushPullConv2d, x: Tensor) -> int:
-    """How many images make a piece whose convolved map stays in the cache."""
-    values = conv.out_channels * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
-    return max(1, CHUNK_BYTES // (4 * max(values, 1)))
+def _as_scale_and_shift(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """BatchNorm by running statistics, and the bias before it."""
+    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    mean = norm.running_mean if bias is None else norm.running_mean - bias
+    return scale, norm.bias - mean * scale
+
+
+@torch.library.custom_op(
+    'timm_pushpull::stem',
+    mutates_args=(),
+    schema=f'({SHARED}, Tensor scale, Tensor shift, SymInt[] pool, ScalarType dtype) -> Tensor',
+)
+def _stem(
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    geometry: Sequence[int],
+    scale: Tensor,
+    shift: Tensor,
+    pool: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    with torch.autocast('cpu', enabled=False):
+        scale, shift = scale.to(alpha.dtype), shift.to(alpha.dtype)
+        # In channels_last, which pooling is much faster in.
+        pieces = Pieces(input.contiguous(memory_format=torch.channels_last), weight, c, alpha, geometry, dtype)
+        height, width = pieces.sums.shape[2:]
+        kernel, stride, padding = pool
+        height, width = ((length + 2 * padding - kernel) // stride + 1 for length in (height, width))
+        size = len(input), len(weight), height, width
+        output = empty_in_format(input, size, dtype)
+        steps = pieces.native_steps()
+        if steps is not None:
+            for place, _, push in pieces.convolved():
+                piece = torch.empty_like(output[place], memory_format=torch.channels_last)
+                steps.respond_pooled(place, push, scale, shift, pool, piece)
+                output[place] = piece
+            return output
+        for place, push, pull, strength in pieces.rectified():
+            push.addcmul_(pull, strength)
+            torch.addcmul(shift.view(-1, 1, 1), push, scale.view(-1, 1, 1), out=push)
+            output[place] = F.max_pool2d(push, kernel, stride, padding).clamp_(
+                min=0
+            )  # after the pooling, which leaves less to do
+        return output
+
+
+@_stem.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    c: Tensor,
+    alpha: Tensor,
+    geometry: Sequence[int],
+    scale: Tensor,
+    shift: Tensor,
+    pool: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    response = torch.ops.timm_pushpull.push_pull_conv2d(input, weight, c, alpha, geometry, dtype)
+    kernel, stride, padding = pool
+    response = F.max_pool2d(response, kernel, stride, padding)
+    return empty_in_format(input, response.shape, dtype)
