@@ -6,12 +6,13 @@ import torch.nn.functional as F
 
 from timm_pushpull import push_pull_conv2d
 
-# in_chans, out_chans, kernel, stride, padding, dilation, groups, size of the images
+# in_chans, out_chans, kernel, stride, padding, dilation, groups, size of the images. Of so many output channels that
+# the error of alpha, which has one number for each, is not left to chance.
 GEOMETRIES = {
     'imagenet': (3, 16, (7, 7), (2, 2), (3, 3), (1, 1), 1, (19, 15)),
     'cifar': (3, 20, (3, 3), (1, 1), (1, 1), (1, 1), 1, (13, 11)),
-    'groups': (4, 8, (3, 5), (1, 2), (2, 1), (2, 1), 2, (19, 15)),
-    'depthwise': (6, 6, (3, 3), (2, 2), (0, 1), (1, 2), 6, (19, 15)),
+    'groups': (4, 16, (3, 5), (1, 2), (2, 1), (2, 1), 2, (19, 15)),
+    'depthwise': (24, 24, (3, 3), (2, 2), (0, 1), (1, 2), 24, (19, 15)),
     'line': (2, 16, (1, 9), (1, 1), (0, 0), (1, 1), 1, (19, 9)),  # of one column
 }
 

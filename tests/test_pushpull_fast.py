@@ -33,7 +33,7 @@ def test_as_accurate_as_the_reference(dtype, autocast, geometry, offset, window,
     # several pieces, of several pictures where they are small
     monkeypatch.setattr(fast, 'CHUNK_BYTES', 8_000 * images // 3)
     errors = Errors()
-    for _ in range(3):
+    for _ in range(4):
         drawn = [tensor.to(dtype) for tensor in draw(geometry, window, offset, images, memory_format)]
         ours, theirs = (differentiate(way, *drawn, geometry, window, autocast) for way in ('fast', 'reference'))
         errors.add(ours, theirs, differentiate('reference', *map(torch.Tensor.double, drawn), geometry, window))

@@ -62,7 +62,7 @@ def test_as_accurate_as_the_reference(geometry, window, dtype, autocast, offset,
         pushpull_triton, 'convolution_dtype', lambda *_: autocast or torch.promote_types(dtype, torch.float32)
     )
     errors = Errors()
-    for _ in range(3):
+    for _ in range(4):
         images = 64 if CUDA else 2
         drawn = [tensor.to(dtype) for tensor in draw(geometry, window, offset, images, memory_format)]
         ours = by_kernels(*drawn, geometry, window, autocast or dtype)

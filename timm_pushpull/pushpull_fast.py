@@ -15,6 +15,7 @@ The backward pass computes the responses once more instead of keeping them, so t
 convolution does not keep. Both are custom operators: ``torch.compile`` sees one node with a gradient.
 """
 
+import ctypes
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -24,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pushpull_native import FEWEST_VALUES, NativeSteps, native_library
+from .pushpull_native import FEWEST_VALUES, NativeSteps, native_library, sum_under_kernel
 
 __all__ = [
     'Pieces',
     'convolution_dtype',
-    'empty_in_format',
     'fast_push_pull_conv2d',
     'is_fast',
     'less_mean',
+    'memory_format_of',
     'operands',
 ]
 
@@ -201,6 +202,7 @@ class Pieces:
     ) -> None:
         self.input, self.alpha, self.result_dtype = input, alpha, result_dtype
         self.conv, self.window = _unpack(geometry)
+        self.conv_numbers = [geometry[first : first + 2] for first in (0, 2, 4)]  # stride, padding, dilation
         self.groups = groups = self.conv['groups']
         self.dtype = dtype = _computing_dtype(weight)
         self.kernels, mean = less_mean(weight, c, convolution_dtype(weight, result_dtype))
@@ -208,30 +210,44 @@ class Pieces:
         self.mean = mean.to(dtype).view(groups, -1, 1, 1)
         self.c_less_mean = (c - mean).to(dtype).view(groups, -1, 1, 1)
         self.ones = self.mean.new_ones(groups, 1, *weight.shape[2:])
-        channels = input.to(dtype).unflatten(1, (groups, -1))
-        # One after the other where they are few: that is faster in channels_last.
-        self.channel_sums = (
-            functools.reduce(torch.add, channels.unbind(2)) if channels.shape[2] < 8 else channels.sum(2)
-        )
-        self.sums = F.conv2d(self.channel_sums, self.ones, **self.conv)
+        lengths = zip(input.shape[2:], weight.shape[2:], *self.conv_numbers, strict=True)
+        self.size = [
+            (length + 2 * padding - dilation * (side - 1) - 1) // stride + 1
+            for length, side, stride, padding, dilation in lengths
+        ]
+        self.library = self._native_library()
+        if self.library is None:
+            self.sums = F.conv2d(self.channel_sums, self.ones, **self.conv)
+        else:
+            self.sums = sum_under_kernel(self.library, input, self.conv_numbers, weight.shape[2:], self.size)
         self.box_sums = _box(self.sums, self.window, torch.empty_like(self.sums), torch.empty_like(self.sums))
         counts = torch.ones_like(self.sums[:1, :1])
         self.inverse_counts = 1 / _box(counts, self.window, torch.empty_like(counts), torch.empty_like(counts))
 
-    def native_steps(self) -> NativeSteps | None:
+    @functools.cached_property
+    def channel_sums(self) -> Tensor:
+        """The input, summed over the channels of each group."""
+        return self.input.to(self.dtype).unflatten(1, (self.groups, -1)).sum(2)
+
+    def _native_library(self) -> ctypes.CDLL | None:
         """The compiled steps, where they serve."""
-        large = len(self.input) * math.prod(self.sums.shape[2:]) * len(self.kernels) >= FEWEST_VALUES
-        dtypes = self.kernels.dtype, self.result_dtype
-        if not large or self.groups > 1 or self.dtype != torch.float32:
+        if len(self.input) * math.prod(self.size) * len(self.kernels) < FEWEST_VALUES:
             return None
-        if dtypes[0] not in (torch.float32, dtypes[1]) or dtypes[1] not in (torch.float32, torch.bfloat16):
+        single, half = torch.float32, torch.bfloat16
+        dtypes = self.input.dtype, self.kernels.dtype, self.result_dtype
+        if self.dtype != single or any(dtype not in (single, half) for dtype in dtypes) or self.groups > 1:
             return None
-        library = native_library(self.window)
-        if library is None:
+        if (self.kernels.dtype, self.result_dtype) == (half, single):
+            return None
+        return native_library(self.window)
+
+    def native_steps(self) -> NativeSteps | None:
+        """The compiled steps on these pieces, where they serve."""
+        if self.library is None:
             return None
         averages = self.box_sums * self.inverse_counts
         numbers = (numbers.flatten() for numbers in (self.mean, self.c_less_mean, self.alpha))
-        return NativeSteps(library, self.sums, averages, self.inverse_counts, *numbers)
+        return NativeSteps(self.library, self.sums, averages, self.inverse_counts, *numbers)
 
     def convolved(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield for each piece its place, its input and the response of the kernels."""
@@ -287,20 +303,17 @@ def _line_sums(x: Tensor, dim: int, reach: int, sums: Tensor) -> Tensor:
     return sums
 
 
-def empty_in_format(like: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Take memory for maps in the memory format of others.
+def memory_format_of(maps: Tensor) -> torch.memory_format:
+    """Tell the memory format of maps; what could be either is contiguous.
 
     Args:
-        like: Maps (N, C, H, W).
-        size: Of the new ones.
-        dtype: Of the new ones.
+        maps: (N, C, H, W).
 
     Returns:
-        Memory without values.
+        ``torch.channels_last`` or ``torch.contiguous_format``.
     """
-    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
+    channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 @torch.library.custom_op(
@@ -316,22 +329,22 @@ def _push_pull(
 ) -> Tensor:
     with torch.autocast('cpu', enabled=False):
         pieces, output = Pieces(input, weight, c, alpha, geometry, dtype), None
-        size = len(input), len(weight), *pieces.sums.shape[2:]
+        size = len(input), len(weight), *pieces.size
         steps = pieces.native_steps()
         if steps is not None:
             for piece, _, push in pieces.convolved():
                 if output is None:
-                    output = empty_in_format(push, size, dtype)
+                    output = torch.empty(size, dtype=dtype, memory_format=memory_format_of(push))
                 steps.respond(piece, push, output[piece])
         else:
             for piece, push, pull, strength in pieces.rectified():
                 if output is None:
-                    output = empty_in_format(push, size, dtype)
+                    output = torch.empty(size, dtype=dtype, memory_format=memory_format_of(push))
                 if dtype == push.dtype:
                     torch.addcmul(push, pull, strength, out=output[piece])
                 else:
                     output[piece] = push.addcmul_(pull, strength)
-        return input.new_empty(size, dtype=dtype) if output is None else output
+        return torch.empty(size, dtype=dtype) if output is None else output
 
 
 @_push_pull.register_kernel('cuda')
@@ -359,7 +372,7 @@ def _(
 ) -> Tensor:
     conv, _ = _unpack(geometry)
     push = F.conv2d(input.to(alpha.dtype), weight.to(alpha.dtype), **conv)
-    return empty_in_format(push, push.shape, dtype)
+    return torch.empty_like(push, dtype=dtype, memory_format=memory_format_of(push))
 
 
 @torch.library.custom_op(
@@ -387,8 +400,7 @@ def _push_pull_backward(
         c_by_strength = pieces.c_less_mean * strength.view_as(pieces.c_less_mean)
 
         def backward(of_output: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> Sequence[Tensor]:
-            shape = (pieces.conv[key] for key in ('stride', 'padding', 'dilation'))
-            return aten.convolution_backward(of_output, x, w, None, *shape, False, [0, 0], groups, mask)
+            return aten.convolution_backward(of_output, x, w, None, *pieces.conv_numbers, False, [0, 0], groups, mask)
 
         steps = None if needs_input else pieces.native_steps()
         if steps is not None:
@@ -396,8 +408,7 @@ def _push_pull_backward(
             for piece, x, push in pieces.convolved():
                 of_pushes = torch.empty_like(push) if of_pushes is None else of_pushes
                 of_push = of_pushes[: len(push)]
-                memory_format = torch.contiguous_format if push.is_contiguous() else torch.channels_last
-                of_output = gradient[piece].contiguous(memory_format=memory_format)
+                of_output = gradient[piece].contiguous(memory_format=memory_format_of(push))
                 steps.differentiate(piece, push, of_output, of_push, less_of_alpha, of_c)
                 of_weight += backward(of_push, x, pieces.kernels, [False, True, False])[1]
             return of_input, of_weight.to(weight.dtype), -of_c * alpha, -less_of_alpha.to(alpha.dtype)

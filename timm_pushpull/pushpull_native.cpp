@@ -43,6 +43,14 @@ inline float relu(float value) { return value < 0 ? 0 : value; }
 
 inline float higher(float one, float other) { return one > other || one != one ? one : other; }
 
+struct Input {
+    int64_t images, channels, height, width;
+};
+
+struct Kernel {
+    int64_t row_stride, column_stride, row_padding, column_padding, row_dilation, column_dilation, height, width;
+};
+
 struct Numbers {
     int64_t images, channels, height, width;
     const float *sums, *averages;  // S and avg(S): of each image, row and column
@@ -177,6 +185,47 @@ void respond(const Numbers& n, const T* push, R* output, int threads) {
                     store(to[i], relu(p) - run.strength(i) * relu(q));
                 }
             });
+        }
+    }
+}
+
+// S: of each place of the kernel the sum of the channels under it.
+template <bool LAST, class T>
+void sum_under_kernel(const Input& input, const T* images, const Kernel& kernel, int64_t height, int64_t width,
+                      float* sums, int threads) {
+    const int64_t planes = LAST ? 1 : input.channels, values = LAST ? input.width * input.channels : input.width;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> of_rows(values), padded(input.width + 2 * kernel.column_padding);
+        float* columns = padded.data() + kernel.column_padding;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < input.images * height; ++task) {
+            const int64_t image = task / height, y = task % height;
+            float* under = LAST ? of_rows.data() : columns;
+            std::memset(under, 0, values * sizeof(float));
+            for (int64_t plane = image * planes; plane < (image + 1) * planes; ++plane) {
+                for (int64_t k = 0; k < kernel.height; ++k) {
+                    const int64_t row = y * kernel.row_stride - kernel.row_padding + k * kernel.row_dilation;
+                    if (row < 0 || row >= input.height) continue;
+                    const T* from = images + (plane * input.height + row) * values;
+#pragma omp simd
+                    for (int64_t i = 0; i < values; ++i) under[i] += load(from[i]);
+                }
+            }
+            if (LAST) {
+                for (int64_t x = 0; x < input.width; ++x) {
+                    float sum = 0;
+                    for (int64_t i = 0; i < input.channels; ++i) sum += under[x * input.channels + i];
+                    columns[x] = sum;
+                }
+            }
+            float* of_row = sums + task * width;
+            std::memset(of_row, 0, width * sizeof(float));
+            for (int64_t k = 0; k < kernel.width; ++k) {
+                const float* from = padded.data() + k * kernel.column_dilation;
+#pragma omp simd
+                for (int64_t x = 0; x < width; ++x) of_row[x] += from[x * kernel.column_stride];
+            }
         }
     }
 }
@@ -349,6 +398,14 @@ void choose(bool channels_last, bool half_push, bool half_result, Work work) {
 }  // namespace
 
 extern "C" {
+
+void push_pull_sums(const Input* input, int64_t channels_last, int64_t half, const void* images, const Kernel* kernel,
+                    int64_t height, int64_t width, float* sums, int64_t threads) {
+    choose(channels_last, half, half, [&](auto last, auto from, auto) {
+        using T = decltype(from);
+        sum_under_kernel<last()>(*input, static_cast<const T*>(images), *kernel, height, width, sums, threads);
+    });
+}
 
 void push_pull(const Numbers* numbers, int64_t channels_last, int64_t half_push, int64_t half_result, const void* push,
                void* output, int64_t threads) {

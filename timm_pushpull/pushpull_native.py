@@ -13,13 +13,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ['NativeSteps', 'native_library']
+__all__ = ['NativeSteps', 'native_library', 'sum_under_kernel']
 
 _logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def native_library(window: int) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compile(compiler, [*OPTIONS, f'-DREACH={window // 2}'])))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
         _logger.info(f'{SOURCE.name} could not be compiled, PyTorch does its work: {error}')
         return None
 
@@ -84,6 +84,55 @@ def _processor() -> str:
     except OSError:
         return platform.platform() + platform.processor()
     return next((line for line in lines if line.startswith(('flags', 'Features'))), platform.machine())
+
+
+def sum_under_kernel(
+    library: ctypes.CDLL,
+    input: Tensor,
+    conv: Sequence[Sequence[int]],
+    kernel_size: Sequence[int],
+    size: Sequence[int],
+) -> Tensor:
+    """Compute S, the sum of all channels under the kernel.
+
+    Args:
+        library: As :func:`native_library` gives it.
+        input: Images or feature maps (N, C, H, W), float32 or bfloat16.
+        conv: Stride, padding and dilation, each of rows and columns.
+        kernel_size: Of rows and columns.
+        size: H' and W'.
+
+    Returns:
+        S (N, 1, H', W'), float32.
+    """
+    channels_last = _channels_last(input)
+    input = input.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    sums = torch.empty(len(input), 1, *size)
+    kernel = [*conv[0], *conv[1], *conv[2], *kernel_size]
+    half = int(input.dtype == torch.bfloat16)
+    _run(library.push_pull_sums, _int64s(input.shape), channels_last, half, input, _int64s(kernel), *size, sums)
+    return sums
+
+
+def _channels_last(x: Tensor) -> int:
+    return int(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+
+
+def _int64s(numbers: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _run(function: Callable[..., object], *arguments: Tensor | int | ctypes.Array | ctypes.Structure) -> None:
+    """Call a compiled function, in as many threads as PyTorch takes."""
+    pointers = (
+        ctypes.c_void_p(value.data_ptr())
+        if isinstance(value, Tensor)
+        else ctypes.c_int64(value)
+        if isinstance(value, int)
+        else ctypes.byref(value)
+        for value in (*arguments, torch.get_num_threads())
+    )
+    function(*pointers)
 
 
 class _Numbers(ctypes.Structure):
@@ -143,7 +192,7 @@ class NativeSteps:
             pool: Side of the pooled window, stride and padding.
             output: Memory for the result (N, O, H'', W''), in channels_last.
         """
-        sizes = (ctypes.c_int64 * 5)(*pool, *output.shape[2:])
+        sizes = _int64s([*pool, *output.shape[2:]])
         self._call('push_pull_pooled', images, push, *_halves(push, output), push, scale, shift, sizes, output)
 
     def differentiate(
@@ -165,19 +214,7 @@ class NativeSteps:
     def _call(self, function: str, images: slice, push: Tensor, *arguments: Tensor | int | ctypes.Array) -> None:
         tensors = [*(numbers[images] for numbers in self.by_image), *self.others]
         numbers = _Numbers(*push.shape, *(tensor.data_ptr() for tensor in tensors))
-        values = [
-            ctypes.c_void_p(value.data_ptr())
-            if isinstance(value, Tensor)
-            else ctypes.c_int64(value)
-            if isinstance(value, int)
-            else value
-            for value in (*arguments, torch.get_num_threads())
-        ]
-        getattr(self.library, function)(ctypes.byref(numbers), *values)
-
-
-def _channels_last(x: Tensor) -> int:
-    return int(not x.is_contiguous())
+        _run(getattr(self.library, function), numbers, *arguments)
 
 
 def _halves(push: Tensor, result: Tensor) -> tuple[int, int]:

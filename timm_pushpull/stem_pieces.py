@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pushpull_conv import PushPullConv2d
-from .pushpull_fast import CHUNK_BYTES, SHARED, Pieces, empty_in_format, is_fast
+from .pushpull_fast import CHUNK_BYTES, SHARED, Pieces, is_fast, memory_format_of
 
 __all__ = ['runs_in_pieces', 'stem_in_pieces']
 
@@ -83,29 +83,24 @@ def _stem(
     pool: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
+    kernel, stride, padding = pool
+    channels_last = torch.channels_last  # in which pooling is much faster, and which one channel does not tell
     with torch.autocast('cpu', enabled=False):
         scale, shift = scale.to(alpha.dtype), shift.to(alpha.dtype)
-        # In channels_last, which pooling is much faster in.
-        pieces = Pieces(input.contiguous(memory_format=torch.channels_last), weight, c, alpha, geometry, dtype)
-        height, width = pieces.sums.shape[2:]
-        kernel, stride, padding = pool
-        height, width = ((length + 2 * padding - kernel) // stride + 1 for length in (height, width))
-        size = len(input), len(weight), height, width
-        output = empty_in_format(input, size, dtype)
+        pieces = Pieces(input.contiguous(memory_format=channels_last), weight, c, alpha, geometry, dtype)
+        height, width = ((length + 2 * padding - kernel) // stride + 1 for length in pieces.size)
+        output = torch.empty(len(input), len(weight), height, width, dtype=dtype, memory_format=channels_last)
         steps = pieces.native_steps()
         if steps is not None:
             for place, _, push in pieces.convolved():
-                piece = torch.empty_like(output[place], memory_format=torch.channels_last)
-                steps.respond_pooled(place, push, scale, shift, pool, piece)
-                output[place] = piece
-            return output
-        for place, push, pull, strength in pieces.rectified():
-            push.addcmul_(pull, strength)
-            torch.addcmul(shift.view(-1, 1, 1), push, scale.view(-1, 1, 1), out=push)
-            output[place] = F.max_pool2d(push, kernel, stride, padding).clamp_(
-                min=0
-            )  # after the pooling, which leaves less to do
-        return output
+                push = push.contiguous(memory_format=channels_last)
+                steps.respond_pooled(place, push, scale, shift, pool, output[place])
+        else:
+            for place, push, pull, strength in pieces.rectified():
+                push.addcmul_(pull, strength)
+                torch.addcmul(shift.view(-1, 1, 1), push, scale.view(-1, 1, 1), out=push)
+                output[place] = F.max_pool2d(push, kernel, stride, padding).clamp_(min=0)  # fewer values than before it
+        return output.contiguous(memory_format=memory_format_of(input))
 
 
 @_stem.register_fake
@@ -123,4 +118,4 @@ def _(
     response = torch.ops.timm_pushpull.push_pull_conv2d(input, weight, c, alpha, geometry, dtype)
     kernel, stride, padding = pool
     response = F.max_pool2d(response, kernel, stride, padding)
-    return empty_in_format(input, response.shape, dtype)
+    return torch.empty_like(response, dtype=dtype, memory_format=memory_format_of(input))
