@@ -251,7 +251,8 @@ class Pieces:
 
     def convolved(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield for each piece its place, its input and the response of the kernels."""
-        bytes_of_image = len(self.kernels) * math.prod(self.sums.shape[2:]) * self.dtype.itemsize
+        itemsize = (self.dtype if self.library is None else self.kernels.dtype).itemsize
+        bytes_of_image = len(self.kernels) * math.prod(self.size) * itemsize
         size = max(1, CHUNK_BYTES // max(bytes_of_image, 1))
         for start in range(0, len(self.input), size):
             piece = slice(start, start + size)
