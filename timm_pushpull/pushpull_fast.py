@@ -103,6 +103,8 @@ def fast_push_pull_conv2d(
     Returns:
         Response (N, O, H', W').
     """
+    if torch.compiler.is_compiling():  # as the compiler lays out the maps of plain convolutions
+        input = input.contiguous(memory_format=torch.channels_last)
     return _push_pull(*operands(input, weight, alpha, stride, padding, dilation, groups, avg_pool_size))
 
 
