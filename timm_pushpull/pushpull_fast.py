@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pushpull_native import FEWEST_VALUES, NativeSteps, native_library, sum_under_kernel
+from .pushpull_native import FEWEST_VALUES, NativeSteps, memory_format_of, native_library, sum_under_kernel
 
 __all__ = [
     'Pieces',
@@ -33,7 +33,6 @@ __all__ = [
     'fast_push_pull_conv2d',
     'is_fast',
     'less_mean',
-    'memory_format_of',
     'operands',
 ]
 
@@ -304,19 +303,6 @@ def _line_sums(x: Tensor, dim: int, reach: int, sums: Tensor) -> Tensor:
             first.add_(x.narrow(dim, step, length - step))
         last.add_(x.narrow(dim, 0, length - step))
     return sums
-
-
-def memory_format_of(maps: Tensor) -> torch.memory_format:
-    """Tell the memory format of maps; what could be either is contiguous.
-
-    Args:
-        maps: (N, C, H, W).
-
-    Returns:
-        ``torch.channels_last`` or ``torch.contiguous_format``.
-    """
-    channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 @torch.library.custom_op(

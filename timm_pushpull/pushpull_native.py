@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ['NativeSteps', 'native_library', 'sum_under_kernel']
+__all__ = ['NativeSteps', 'memory_format_of', 'native_library', 'sum_under_kernel']
 
 _logger = logging.getLogger(__name__)
 
@@ -86,6 +86,19 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(('flags', 'Features'))), platform.machine())
 
 
+def memory_format_of(maps: Tensor) -> torch.memory_format:
+    """Tell the memory format of maps; what could be either is contiguous.
+
+    Args:
+        maps: (N, C, H, W).
+
+    Returns:
+        ``torch.channels_last`` or ``torch.contiguous_format``.
+    """
+    channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def sum_under_kernel(
     library: ctypes.CDLL,
     input: Tensor,
@@ -105,17 +118,16 @@ def sum_under_kernel(
     Returns:
         S (N, 1, H', W'), float32.
     """
-    channels_last = _channels_last(input)
-    input = input.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    input = input.contiguous(memory_format=memory_format_of(input))
     sums = torch.empty(len(input), 1, *size)
     kernel = [*conv[0], *conv[1], *conv[2], *kernel_size]
     half = int(input.dtype == torch.bfloat16)
-    _run(library.push_pull_sums, _int64s(input.shape), channels_last, half, input, _int64s(kernel), *size, sums)
+    _run(library.push_pull_sums, _int64s(input.shape), _channels_last(input), half, input, _int64s(kernel), *size, sums)
     return sums
 
 
-def _channels_last(x: Tensor) -> int:
-    return int(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+def _channels_last(maps: Tensor) -> int:
+    return int(memory_format_of(maps) == torch.channels_last)
 
 
 def _int64s(numbers: Sequence[int]) -> ctypes.Array:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pushpull_conv import PushPullConv2d
-from .pushpull_fast import CHUNK_BYTES, SHARED, Pieces, is_fast, memory_format_of
+from .pushpull_fast import CHUNK_BYTES, SHARED, Pieces, is_fast
+from .pushpull_native import memory_format_of
 
 __all__ = ['runs_in_pieces', 'stem_in_pieces']
 
