@@ -203,7 +203,7 @@ class Pieces:
     ) -> None:
         self.input, self.alpha, self.result_dtype = input, alpha, result_dtype
         self.conv, self.window = _unpack(geometry)
-        self.conv_numbers = [geometry[first : first + 2] for first in (0, 2, 4)]  # stride, padding, dilation
+        self.conv_numbers = [self.conv[name] for name in ('stride', 'padding', 'dilation')]
         self.groups = groups = self.conv['groups']
         self.dtype = dtype = _computing_dtype(weight)
         self.kernels, mean = less_mean(weight, c, convolution_dtype(weight, result_dtype))
@@ -384,9 +384,6 @@ def _push_pull_backward(
         of_input = torch.zeros_like(input) if needs_input else input.new_empty(0)
         of_weight = torch.zeros_like(weight, dtype=pieces.dtype)
         of_c, of_alpha = torch.zeros_like(c), torch.zeros_like(alpha)
-        of_sums, of_box_sums = torch.zeros_like(pieces.sums), torch.zeros_like(pieces.sums)
-        strength = alpha.view(-1, 1, 1)
-        c_by_strength = pieces.c_less_mean * strength.view_as(pieces.c_less_mean)
 
         def backward(of_output: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> Sequence[Tensor]:
             return aten.convolution_backward(of_output, x, w, None, *pieces.conv_numbers, False, [0, 0], groups, mask)
@@ -402,6 +399,9 @@ def _push_pull_backward(
                 of_weight += backward(of_push, x, pieces.kernels, [False, True, False])[1]
             return of_input, of_weight.to(weight.dtype), -of_c * alpha, -less_of_alpha.to(alpha.dtype)
 
+        of_sums, of_box_sums = torch.zeros_like(pieces.sums), torch.zeros_like(pieces.sums)
+        strength = alpha.view(-1, 1, 1)
+        c_by_strength = pieces.c_less_mean * strength.view_as(pieces.c_less_mean)
         memory = None
         for piece, x, push, pull in pieces:
             if memory is None:
