@@ -143,7 +143,10 @@ class _Responses:
         if self.sums.numel():
             _sum_windows[len(input) * self.groups, triton.cdiv(height * width, 128)](
                 *(input, *input.shape[2:], *input.stride(), self.sums, height, width),
-                *(*stride, *padding, *dilation, self.groups, input.shape[1] // self.groups, *weight.shape[2:]),
+                *(*stride, *padding, *dilation, self.groups),
+                KERNEL_HEIGHT=weight.shape[2],
+                KERNEL_WIDTH=weight.shape[3],
+                CHANNELS=weight.shape[1],
                 PIXELS=128,
                 ACCUMULATOR=self.accumulator,
             )
@@ -172,20 +175,21 @@ class _Responses:
 def _sum_windows(
     x, in_height, in_width, x_batch, x_channel, x_row, x_column, sums, height, width,
     stride_rows, stride_columns, padding_rows, padding_columns, dilation_rows, dilation_columns,
-    groups, channels, kernel_height, kernel_width, PIXELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    groups, KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     """S: the sum of a group's channels under the kernel."""
     map = tl.program_id(0).to(tl.int64)  # of image and group
     pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     exists = pixel < height * width
-    x += map // groups * x_batch + map % groups * channels * x_channel
+    x += map // groups * x_batch + map % groups * CHANNELS * x_channel
     total = tl.zeros([PIXELS], ACCUMULATOR)
-    for i in range(kernel_height):
+    for i in range(KERNEL_HEIGHT):
         row = pixel // width * stride_rows - padding_rows + i * dilation_rows
-        for j in range(kernel_width):
+        for j in range(KERNEL_WIDTH):
             column = pixel % width * stride_columns - padding_columns + j * dilation_columns
             inside = exists & (row >= 0) & (row < in_height) & (column >= 0) & (column < in_width)
-            for channel in range(channels):
+            for channel in range(CHANNELS):
                 value = tl.load(x + channel * x_channel + row * x_row + column * x_column, mask=inside, other=0.0)
                 total += value.to(ACCUMULATOR)
     tl.store(sums + map * height * width + pixel, total, mask=exists)
