@@ -17,7 +17,12 @@ PAPER = {
     'c10': (30, 64, 5e-3, 0.2, 5e-6),
 }
 CLASSES = {'in1k': 1000, 'in100': 100, 'in200': 200, 'c10': 10, 'imagenette': 10}
-SMALL = {f'pp_resnet18.{unit}_r64_imagenette' for unit in ('pp3', 'pp5', 'baseline')}
+SMALL = {
+    f'pp_resnet18.{unit}_{addition}r64_imagenette'
+    for unit in ('pp3', 'pp5', 'baseline')
+    for addition in ('', 'augmix_', 'prime_', 'blurpool_')
+    if (unit, addition) != ('pp5', 'blurpool_')
+}
 RECIPES = list(list_recipes())
 FAITHFUL = [name for name in RECIPES if '_e100_' not in name and name not in SMALL]
 
@@ -48,11 +53,12 @@ def test_every_family_is_there():
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_recipe_is_what_its_name_says(name):
     architecture, tag = name.split('.')
-    unit, *augmentation, data = tag.replace('_e100', '').replace('_r64', '').split('_')
+    unit, *augmentation, data = tag.replace('_e100', '').replace('_r64', '').replace('_blurpool', '').split('_')
     recipe = read_recipe(name)
     assert (recipe['model'], recipe['experiment'], recipe['num_classes']) == (architecture, name, CLASSES[data])
     assert recipe['model_kwargs'].get('augment') == ('prime' if augmentation == ['prime'] else None)
     assert recipe.get('aa') == {'aa': 'original', 'augmix': 'augmix-m3-w3'}.get(*augmentation or ['none'])
+    assert recipe['model_kwargs'].get('aa_layer') == ('blur' if 'blurpool' in tag else None)
     if unit == 'baseline':
         assert recipe['model_kwargs']['push_pull'] is False
     else:
