@@ -17,6 +17,7 @@ from timm_pushpull.prime import (
     color_jitter,
     deform,
     displacement_fields,
+    mode_deviations,
     spectral_filter,
     temperature_range,
 )
@@ -233,29 +234,54 @@ def test_temperature_range():
 
 
 def test_displacement_fields():
-    cuts, temperatures = torch.tensor([2, 5, 20, 20]), torch.tensor([0.1, 0.2, 0.3, 0.0])
-    modes = torch.randn(4, 2, 20, 20, generator=seeded())
-    fields = displacement_fields(modes, cuts, temperatures, 9)
-    for index in range(4):  # with 9 pixels, modes above 8 are aliases of others
+    cuts, temperatures = torch.tensor([2, 5, 7, 7]), torch.tensor([0.1, 0.2, 0.3, 0.0])
+    modes = torch.randn(4, 2, 7, 7, generator=seeded())
+    fields = displacement_fields(modes, mode_deviations(cuts, 7, 9), temperatures, 9)
+    for index in range(4):
         expected = fields_by_loops(
             modes[index].double(), cuts[index].item(), temperatures.double()[index].item(), size=9
         )
         torch.testing.assert_close(fields[index].double(), expected, rtol=0, atol=1e-4)
     assert not fields[3].any()
-    assert not displacement_fields(modes, cuts, temperatures, 2).abs().max() > 1e-5
     # Hand-worked: in the centre of 3 pixels only mode (1, 1) of a cut of 2 is not zero: 3 * 2 / sqrt(2).
-    centre = displacement_fields(torch.ones(1, 2, 2, 2), torch.tensor([2]), torch.tensor([4.0]), 3)[0, :, 1, 1]
+    deviations = mode_deviations(torch.tensor([2]), 2, 3)
+    centre = displacement_fields(torch.ones(1, 2, 1, 1), deviations, torch.tensor([4.0]), 3)[0, :, 1, 1]
     torch.testing.assert_close(centre, torch.full((2,), 3 * math.sqrt(2)))
+    # With 2 pixels, both on the border, there are no modes.
+    nothing = displacement_fields(torch.ones(1, 2, 0, 0), mode_deviations(torch.tensor([5]), 5, 2), torch.ones(1), 2)
+    assert nothing.shape == (1, 2, 2, 2) and not nothing.any()
+
+
+@pytest.mark.parametrize('cut, size', [(20, 6), (13, 7), (3, 9)])
+def test_modes_that_pixels_cannot_tell_apart_keep_their_law(cut, size):
+    """A field is a sum of modes times independent normal numbers, so its covariance says all of its law."""
+    deviations = mode_deviations(torch.tensor([cut, cut + 2]), cut + 2, size)[:1]
+    count = deviations.shape[-1]
+    assert count == min(cut + 2, size - 2)
+
+    def covariance(fields):
+        return torch.einsum('ma,mb->ab', fields.flatten(1), fields.flatten(1))
+
+    each = torch.eye(count**2).view(-1, 1, count, count).expand(-1, 2, -1, -1)
+    ours = displacement_fields(each, deviations.expand(len(each), -1, -1), torch.full((len(each),), 0.5), size)
+    every = torch.eye(cut**2, dtype=torch.float64).view(-1, 1, cut, cut).expand(-1, 2, -1, -1)
+    expected = torch.stack([fields_by_loops(modes, cut, 0.5, size) for modes in every])
+    torch.testing.assert_close(covariance(ours[:, 0].double()), covariance(expected[:, 0]), rtol=1e-4, atol=1e-5)
 
 
 def test_displacement_field_of_the_highest_modes_at_full_size():
-    modes = torch.randn(1, 2, 500, 500, generator=seeded())
-    field = displacement_fields(modes, torch.tensor([500]), torch.tensor([1.0]), 224)[0]
+    modes = torch.randn(1, 2, 222, 222, generator=seeded())
+    deviations = mode_deviations(torch.tensor([500]), 500, 224)
+    field = displacement_fields(modes, deviations, torch.tensor([1.0]), 224)[0]
     number = torch.arange(1, 501, dtype=torch.float64)
-    radius = (number**2 + number[:, None] ** 2).sqrt()
-    sines = torch.sin(math.pi * torch.linspace(0, 1, 224, dtype=torch.float64) * number[:, None])
-    inside = torch.where(radius < 500.5, modes[0].double() / radius, 0)
-    expected = 224 * torch.einsum('cji,jy,ix->cyx', inside, sines, sines)
+    square = number**2 + number[:, None] ** 2
+    variances = torch.where(square < 500.5**2, 1 / square, 0)
+    blocks = nn.functional.pad(variances, (1, 391, 1, 391)).view(2, 446, 2, 446).sum((0, 2))  # modes i and i + 446
+    blocks = blocks[:, 1:223] + blocks[:, 224:].flip(1)  # modes i and 446 - i
+    deviation = (blocks[1:223] + blocks[224:].flip(0)).sqrt()
+    torch.testing.assert_close(deviations[0].double(), deviation, rtol=1e-5, atol=0)
+    sines = torch.sin(math.pi * torch.linspace(0, 1, 224, dtype=torch.float64) * number[:222, None])
+    expected = 224 * torch.einsum('cji,jy,ix->cyx', modes[0].double() * deviation, sines, sines)
     assert (field - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -358,9 +384,10 @@ def test_displacements_are_drawn_as_defined():
 def test_temperatures_are_uniform(monkeypatch):
     numbers = []
 
-    def kept(modes, cuts, temperatures, size):
+    def kept(modes, deviations, temperatures, size):
+        cuts = (deviations.any(1) * torch.arange(1, deviations.shape[-1] + 1)).amax(1)
         numbers.append(torch.stack((cuts, temperatures)).double())
-        return displacement_fields(modes, cuts, temperatures, size)
+        return displacement_fields(modes, deviations, temperatures, size)
 
     monkeypatch.setattr(prime_module, 'displacement_fields', kept)
     PRIME(**dict(SMALL, cut_max=9)).draw((4000, 1, 16, 16), generator=seeded())

@@ -26,6 +26,7 @@ __all__ = [
     'color_jitter',
     'deform',
     'displacement_fields',
+    'mode_deviations',
     'spectral_filter',
     'temperature_range',
 ]
@@ -85,20 +86,52 @@ def temperature_range(size: int, cuts: Tensor) -> tuple[Tensor, Tensor]:
     return lowest, torch.maximum(lowest, 4 / (math.pi**3 * cuts**2 * cuts.log()))
 
 
-def displacement_fields(modes: Tensor, cuts: Tensor, temperatures: Tensor, size: int) -> Tensor:
+def mode_deviations(cuts: Tensor, highest: int, size: int) -> Tensor:
+    r"""Strength of each mode that the pixels of an image tell apart, with all those that they take for it.
+
+    On the pixels of an image of side :math:`n` the sine of mode :math:`2 k (n - 1) \pm i` is that of mode :math:`i`, up
+    to its sign. The sum of their normally distributed amplitudes is normally distributed, so one number stands for all:
+
+    .. math::
+        \sigma_{ji}^2 = \sum_{i' \equiv \pm i,\; j' \equiv \pm j \pmod{2 (n - 1)},\; i'^2 + j'^2 < (c + 1/2)^2}
+            \frac{1}{i'^2 + j'^2}
+
+    Args:
+        cuts: Highest mode of each field c (N,).
+        highest: Highest of the cuts.
+        size: Side of the images n, in pixels, at least 2.
+
+    Returns:
+        Standard deviations (N, M, M) of the modes 1 to M, the smaller of ``highest`` and n - 2; vertical modes first.
+    """
+    number = torch.arange(1, highest + 1, device=cuts.device)
+    period = 2 * (size - 1)
+    alias = torch.remainder(number, period)
+    alias = torch.minimum(alias, period - alias)
+    told_apart = torch.arange(1, min(highest, size - 2) + 1, device=cuts.device)
+    fold = (alias[:, None] == told_apart).float()
+    square = number**2 + number[:, None] ** 2
+    inside = square < (cuts.view(-1, 1, 1) + 0.5) ** 2
+    with torch.autocast(cuts.device.type, enabled=False):
+        return (fold.mT @ (inside / square) @ fold).sqrt()
+
+
+def displacement_fields(modes: Tensor, deviations: Tensor, temperatures: Tensor, size: int) -> Tensor:
     r"""Smooth random displacements that vanish at the border of the image.
 
     At the pixel of column :math:`x` and row :math:`y`, for images of side :math:`n` and for both components:
 
     .. math::
-        d = \sqrt{T} \, n \sum_{i^2 + j^2 < (c + 1/2)^2} \frac{a_{ji}}{\sqrt{i^2 + j^2}}
-            \sin\frac{\pi i x}{n - 1} \sin\frac{\pi j y}{n - 1}
+        d = \sqrt{T} \, n \sum_{i, j = 1}^{M} a_{ji} \sigma_{ji} \sin\frac{\pi i x}{n - 1} \sin\frac{\pi j y}{n - 1}
+
+    With the deviations of :func:`mode_deviations` this is, in law, the sum over all modes up to a cut with amplitudes
+    :math:`a / \sqrt{i^2 + j^2}`.
 
     Source: `PRIME` - https://arxiv.org/abs/2112.13547
 
     Args:
-        modes: Amplitudes a (N, 2, K, K) of the modes 1 to K, normally distributed; vertical modes first.
-        cuts: Highest mode of each field c (N,), at most K.
+        modes: Amplitudes a (N, 2, M, M) of the modes 1 to M, normally distributed; vertical modes first.
+        deviations: Standard deviations (N, M, M).
         temperatures: Strength of each field T (N,), at least 0.
         size: Side of the images n, in pixels, at least 2.
 
@@ -110,9 +143,7 @@ def displacement_fields(modes: Tensor, cuts: Tensor, temperatures: Tensor, size:
     # The phase is reduced in whole numbers: it may be hundreds of turns.
     phase = torch.remainder(number[:, None] * pixel, 2 * (size - 1)).to(modes.dtype)
     sines = torch.sin(phase * (math.pi / (size - 1)))
-    radius = (number**2 + number[:, None] ** 2).to(modes.dtype).sqrt()
-    strength = temperatures.to(modes.dtype).sqrt() * size
-    amplitude = (radius < cuts.view(-1, 1, 1) + 0.5) * (strength.view(-1, 1, 1) / radius)
+    amplitude = deviations * (temperatures.sqrt() * size).view(-1, 1, 1)
     with torch.autocast(modes.device.type, enabled=False):  # half a pixel matters
         return sines.mT @ ((modes * amplitude[:, None]) @ sines)
 
@@ -354,11 +385,12 @@ class PRIME(nn.Module):
         # Fields of similar cuts are made together: their modes are as many as the highest cut of them asks for.
         for part in cuts.argsort().split(_FIELDS_AT_ONCE) if count else ():
             highest_mode = int(cuts[part[-1]])
-            modes = torch.randn(len(part), 2, highest_mode, highest_mode, device=device, generator=local)
             place, cut, temperature = (
                 each.to(device, non_blocking=True) for each in (part, cuts[part], temperatures[part])
             )
-            fields.index_copy_(0, place, displacement_fields(modes, cut, temperature, size))
+            deviations = mode_deviations(cut, highest_mode, size)
+            modes = torch.randn(len(part), 2, *deviations.shape[1:], device=device, generator=local)
+            fields.index_copy_(0, place, displacement_fields(modes, deviations, temperature, size))
         return fields
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
