@@ -11,7 +11,7 @@ from test_results import FIVE, write_results
 from timm_pushpull.cli import main
 from timm_pushpull.files import write_whole
 from timm_pushpull.measures import TEST_CORRUPTIONS
-from timm_pushpull.report import write_report
+from timm_pushpull.report import _look, write_report
 from timm_pushpull.results import (
     answers_path,
     read_answers,
@@ -24,6 +24,7 @@ from timm_pushpull.results import (
 pytest.importorskip('matplotlib')
 PASSES = [(name, severity) for name in TEST_CORRUPTIONS for severity in FIVE]
 PICTURES = {'error_by_corruption.png', 'error_by_severity.png', 'mce_against_clean_error.png', 'examples.png'}
+OF_RUNS = {'runs.png', 'runs_mce_against_clean_error.png'}
 
 
 def write_finished(folder, errors=None, baseline='plain <1>', **protocol):
@@ -108,10 +109,15 @@ def test_training_runs_are_summed_up(tmp_path):
     errors = {'plain': (2, 5), 'pp@1': (3, 4), 'pp@2': (5, 8), 'pp@3': (1, 3)}
     path = write_report([write_finished(tmp_path / 'results', errors, baseline='plain')], tmp_path / 'page')
     page = Page(path)
-    assert {p.name for p in path.parent.iterdir()} == {'report.html', 'runs.png', *PICTURES}
+    assert {p.name for p in path.parent.iterdir()} == {'report.html', *OF_RUNS, *PICTURES}
     # Of ten pictures 3, 5 and 1 are wrong where they are clean, 4, 8 and 3 where they are corrupted.
     assert page.row('pp')[0].startswith('pp  3  30.0 10.0 to 50.0  50.0 30.0 to 80.0')
     assert page.row('plain')[1].startswith('plain  1  20.0 20.0 to 20.0  50.0 50.0 to 50.0')
+
+
+def test_no_two_models_look_alike():
+    looks = [_look(place) for place in range(20)]
+    assert all(look not in looks[:place] for place, look in enumerate(looks))
 
 
 def test_unfinished_results_have_a_page_too(tmp_path):

@@ -36,7 +36,7 @@ MAX_DEPTH = 3  # steps of a chain
 SPECTRAL, SPATIAL, COLOR = range(3)
 NO_STEP = -1
 
-# Displacement fields drawn at a time: at most 64 MB of modes, and enough work for a GPU.
+# Displacement fields drawn at a time: at most 32 MB of variances of modes, and enough work for a GPU.
 _FIELDS_AT_ONCE = 32
 # Terms of the sine series for which Clenshaw's recurrence loses no more than a digit of float32.
 _TERMS_AT_ONCE = 20

@@ -44,7 +44,7 @@ KINDS = {
     'digital': TEST_CORRUPTIONS[11:],
     'held out': HELD_OUT_CORRUPTIONS,
 }
-MARKERS = 'osD^vPX'
+MARKERS = 'osD^vPX<'  # one more than there are colours: the eighth model differs from the first
 ZERO_LINE = 'R_net = 0'
 MEANS = {
     'E': 'top-1 error on clean pictures, %',
@@ -199,24 +199,27 @@ def _section(part: _Part, output: Path, prefix: str, baseline: str | None) -> st
     rows = summarize(part.protocol, part.answers, baseline if baseline in part.answers else None)
     over_runs = _over_runs(rows)
     pictures = {
-        'runs': _error_by_corruption(over_runs) if over_runs else None,
+        'runs_mce_against_clean_error': _mce_against_clean_error(over_runs),
+        'runs': _error_by_corruption(over_runs),
         'error_by_corruption': _error_by_corruption(rows),
         'error_by_severity': _error_by_severity(part.answers),
         'mce_against_clean_error': _mce_against_clean_error(rows),
         'examples': _examples(part),
     }
+    spread = 'with 95% intervals'
+    over = 'mean of the training runs, and their range'
+    lower_left = 'lower and further left is better. ' + (
+        'On the line, the gain on corrupted pictures against the baseline equals the loss on clean ones (R_net = 0); '
+        'below it the gain is larger.'
+        if any(row['R_net'] != '' for row in rows)
+        else 'With a baseline it would have the line on which gain and loss are equal.'
+    )
     captions = {
-        'runs': 'Top-1 error by corruption, mean over the severities: mean of the training runs, and their range.',
-        'error_by_corruption': 'Top-1 error by corruption, mean over the severities, with 95% intervals.',
+        'runs_mce_against_clean_error': f'Plain mCE against the clean error: {over}; {lower_left}',
+        'runs': f'Top-1 error by corruption, mean over the severities: {over}.',
+        'error_by_corruption': f'Top-1 error by corruption, mean over the severities, {spread}.',
         'error_by_severity': 'Top-1 error by severity, mean over the corruptions of a kind; 0 is clean.',
-        'mce_against_clean_error': 'Plain mCE against the clean error, with 95% intervals; lower and further left is '
-        'better. '
-        + (
-            f'On the line, the gain on corrupted pictures against {html.escape(baseline)} equals the loss on clean '
-            'ones (R_net = 0); below it the gain is larger.'
-            if any(row['R_net'] != '' for row in rows)
-            else 'With a baseline it would have the line on which gain and loss are equal.'
-        ),
+        'mce_against_clean_error': f'Plain mCE against the clean error, {spread}; {lower_left}',
     }
     figures = []
     for name, figure in pictures.items():
@@ -279,18 +282,23 @@ def _over_runs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each model, if one has several training runs: the mean of each figure, its ends the range."""
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        runs.setdefault(row['model'].rpartition('@')[0] or row['model'], []).append(row)
+        runs.setdefault(_without_run(row['model']), []).append(row)
     if len(runs) == len(rows):
         return []
     found = []
     for model, of_model in runs.items():
-        figures: dict[str, Any] = {'model': model, 'runs': len(of_model)}
+        baseline = _without_run(of_model[0]['baseline'])
+        figures: dict[str, Any] = {'model': model, 'runs': len(of_model), 'baseline': baseline}
         for name in (key for key in of_model[0] if f'{key}_low' in of_model[0]):
             values = [row[name] for row in of_model if row.get(name, '') != '']
             ends = (np.mean(values), min(values), max(values)) if len(values) == len(of_model) else ('', '', '')
             figures |= dict(zip((name, f'{name}_low', f'{name}_high'), ends, strict=True))
         found.append(figures)
     return found
+
+
+def _without_run(model: str) -> str:
+    return model.rpartition('@')[0] or model
 
 
 def _runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -351,10 +359,10 @@ def _error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | None':
     names = _measured(rows)
     if not names:
         return None
-    figure = new_figure(1.2 + 0.3 * len(names) + 0.2 * len(rows) / 2)
+    figure = new_figure(1.2 + max(0.3, 0.07 * len(rows)) * len(names) + 0.2 * len(rows) / 2)
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        shift = 0.5 * (place - (len(rows) - 1) / 2) / max(len(rows), 2)
+        shift = (0.5 if len(rows) < 4 else 0.8) * (place - (len(rows) - 1) / 2) / max(len(rows), 2)
         here = [(height + shift, name) for height, name in enumerate(names) if row.get(f'CE_{name}', '') != '']
         errors = np.array([[row[f'CE_{name}{end}'] for end in ('', '_low', '_high')] for _, name in here], float)
         heights = [height for height, _ in here]
