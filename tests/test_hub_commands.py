@@ -221,6 +221,24 @@ def test_export_refuses(run, tmp_path, capsys):
     assert 'does not fit the model' in fails(capsys, 'export', tmp_path / 'last.pth.tar', '--tag', TAG)
 
 
+def test_weights_of_a_tag_never_change(run, exported, capsys):
+    before = {path: path.read_bytes() for path in exported.iterdir()}
+    export(run, exported.parent)
+    for options in (['--use-ema'], ['--dtype', 'bfloat16']):
+        arguments = ('export', run / 'last.pth.tar', '--tag', TAG, '--output', exported.parent, *options)
+        assert 'other weights' in fails(capsys, *arguments)
+    assert {path: path.read_bytes() for path in exported.iterdir()} == before
+
+
+def test_a_known_tag_is_of_its_own_network(run, tmp_path, capsys):
+    arguments = ('export', run / 'last.pth.tar', '--output', tmp_path, '--tag')
+    error = fails(capsys, *arguments, 'pp_resnet18.pp3_r64_imagenette')
+    assert 'avg_pool_size=5, num_classes=2' in error and 'avg_pool_size=3, num_classes=10' in error
+    (tmp_path / TAG).mkdir()
+    (tmp_path / TAG / RECIPE).write_text(yaml.safe_dump({**OPTIONS, 'model_kwargs': {}}))
+    assert f'that of {TAG} has num_classes=2' in fails(capsys, *arguments, TAG)
+
+
 FAULTS = {
     'no card': (lambda folder: (folder / CARD).unlink(), 'lacks README.md'),
     'pickle': (lambda folder: (folder / 'pytorch_model.bin').touch(), 'may hold a pickle'),

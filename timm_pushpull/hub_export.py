@@ -17,7 +17,7 @@ import yaml
 from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 
-from .hub import CARD, CHECKSUM, CONFIG, HUB_ORG, RECIPE, WEIGHTS, file_sha256
+from .hub import CARD, CHECKSUM, CONFIG, HUB_ORG, RECIPE, WEIGHTS, file_sha256, hub_configs
 from .model_card import Evaluation, Rounding, model_card
 from .pictures import DatasetPictures, find_class_map
 from .results import read_answers, read_baseline, read_csv, read_protocol, summarize
@@ -40,7 +40,8 @@ def export_checkpoint(
     """Write a model's folder: configuration, recipe, weights, their checksum and the model card.
 
     A recipe that is in the folder stays, and the card names the options in which the run differs from it; otherwise the
-    run's own options become the recipe. Each file is replaced whole.
+    run's own options become the recipe. Weights that are in the folder stay too: what else is there is made anew. Each
+    file is replaced whole.
 
     Args:
         checkpoint: File of ``train.py``, with the run's ``args.yaml`` beside it.
@@ -59,11 +60,13 @@ def export_checkpoint(
 
     Raises:
         ValueError: If the name is of no network or not of the checkpoint's, if the checkpoint does not hold what is
-            asked for, if a weight is too large for the data type, or if the results or pictures are of another model.
+            asked for, if a weight is too large for the data type, if the results or pictures are of another model, or
+            if the folder holds other weights.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     options = _read_options(checkpoint, name)
     model = _build(name, options)
+    _check_network(model, name, output / name / RECIPE, options)
     _load(model, checkpoint, use_ema)
     stored = copy.deepcopy(model).to(dtype)
     rounded = copy.deepcopy(stored).float()
@@ -96,7 +99,10 @@ def export_checkpoint(
             safe_serialization=True,
         )
         (written / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
-        (written / CHECKSUM).write_text(f'{file_sha256(written / WEIGHTS)}  {WEIGHTS}\n')
+        sha256 = file_sha256(written / WEIGHTS)
+        if (folder / WEIGHTS).exists() and file_sha256(folder / WEIGHTS) != sha256:
+            raise ValueError(f'{folder} holds other weights, and those of a tag never change: give another tag.')
+        (written / CHECKSUM).write_text(f'{sha256}  {WEIGHTS}\n')
         if not (folder / RECIPE).exists():
             (written / RECIPE).write_text(yaml.safe_dump(_without_paths(options)))
         recipe = next(path for path in (written / RECIPE, folder / RECIPE) if path.exists()).read_text()
@@ -155,6 +161,20 @@ def _build(name: str, options: Mapping[str, Any]) -> Any:
     pool_size = tuple(math.ceil(side / reduction) for side in data['input_size'][1:])
     model.pretrained_cfg.update(data, tag=tag, num_classes=model.num_classes, pool_size=pool_size)
     return model.eval()
+
+
+def _check_network(model: nn.Module, name: str, recipe: Path, options: Mapping[str, Any]) -> None:
+    """Refuse a network that is not the one of its tag, where the tag has a recipe already."""
+    known = next((path for path in (recipe, hub_configs() / name / RECIPE) if path.is_file()), None)
+    if known is None:
+        return
+    expected = yaml.safe_load(known.read_text())
+    if str(_build(name, expected)) != str(model):
+        ours, theirs = (
+            ', '.join(f'{argument}={value}' for argument, value in _model_args(each).items())
+            for each in (options, expected)
+        )
+        raise ValueError(f"The checkpoint's network has {ours}; that of {name} has {theirs}: give another tag.")
 
 
 def _load(model: nn.Module, checkpoint: Path, use_ema: bool) -> None:
