@@ -140,6 +140,8 @@ def test_command_line(capsys):
     assert main(['recipes', 'pp_resnet18.pp5_in200', '--processes', '2']) == 0
     one, empty, two = capsys.readouterr().out.splitlines()
     assert one.startswith('python ') and not empty and two.startswith('torchrun --nproc-per-node=2 ')
+    assert main(['recipes', 'pp_resnet18_cifar']) == 2
+    assert 'pp_resnet18_cifar.baseline_augmix_c10, ' in capsys.readouterr().err
     assert main(['recipes', 'pp_resnet18.pp4_in200']) == 2
     error = capsys.readouterr().err
     assert 'pp_resnet18.pp5_in200' in error and error.count('\n') == 1

@@ -28,7 +28,9 @@ def recipe_path(name: str) -> Path:
     """
     path = hub_configs() / name / RECIPE
     if not path.is_file():
-        near = difflib.get_close_matches(name, list_recipes(), n=3, cutoff=0)
+        recipes = list_recipes()
+        of_network = [recipe for recipe in recipes if recipe.startswith(f'{name}.')]
+        near = of_network or difflib.get_close_matches(name, recipes, n=3, cutoff=0)
         raise ValueError(f'recipe must be one of those listed, got {name!r}; the nearest are {", ".join(near)}.')
     return path
 
