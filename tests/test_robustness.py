@@ -194,6 +194,8 @@ def test_command(data, tmp_path, capsys):
         (['--checkpoint', 'missing.pth'], '--checkpoint must be a file, missing.pth is none'),
         (['--checkpoint', 'net.pth', 'net.pth'], '--checkpoint must name one file for each of the models, got 2'),
         (['--num-classes', '4'], 'test_resnet: Error(s) in loading state_dict for ResNet: size mismatch for fc.weight'),
+        (['--num-classes', '4'], 'Give --num-classes and --model-kwargs of the training'),
+        (['--split', 'tset'], '--split must be a folder of --data-dir, there is no tset in '),
         (['--model-kwargs', 'alpha=2'], "test_resnet: ResNet.__init__() got an unexpected keyword argument 'alpha'"),
         (['--data-dir', 'missing'], '--data-dir must be a folder of pictures, missing is none'),
         (['--class-map', 'missing'], 'class_map must be a file of class names or one of imagenet_100, imagenet_200'),
@@ -216,6 +218,15 @@ def test_command_refuses_in_one_line(options, message, data, tmp_path, capsys, m
     error = capsys.readouterr().err
     assert error.startswith('timm-pushpull: ') and message in error and error.count('\n') == 1
     assert not (tmp_path / 'out').exists()
+
+
+def test_training_pictures_are_not_taken_for_those_of_a_missing_split(data, tmp_path, capsys):
+    options = ['--workers', '0', '--corruptions', 'fog', '--severities', '2']
+    shutil.copytree(data / 'validation', tmp_path / 'data' / 'train')
+    assert main(command(tmp_path / 'data', tmp_path, *options)) == 2
+    assert 'there is no validation in' in capsys.readouterr().err
+    assert main(command(tmp_path / 'data', tmp_path, *options, '--split', 'train')) == 0
+    assert main(command(tmp_path / 'data' / 'train', tmp_path, *options)) == 0  # no splits: the whole folder
 
 
 @pytest.mark.parametrize('workers', ['0', '1'])

@@ -52,7 +52,10 @@ def bench_robustness(
 
     Raises:
         ModuleNotFoundError: If imagecorruptions-imaug is not installed.
+        ValueError: If there are too few pictures to have one of each class in both comparisons.
     """
+    if images < 8 * CLASSES:
+        raise ValueError(f'images must be at least {8 * CLASSES}, got {images}.')
     network = create_model(model, num_classes=CLASSES).to(device).eval()
     # Small ones, so that the corruptions take most of the time.
     small = {name: create_model(SMALL, num_classes=CLASSES).to(device).eval() for name in ('one', 'other')}
@@ -61,7 +64,7 @@ def bench_robustness(
     with tempfile.TemporaryDirectory() as name, tqdm(total=5 * rounds, desc='bench') as progress:
         root = Path(name)
         stored = root / 'stored'
-        for folder, count in ((stored / 'fog' / '1', images), (root / 'clean', max(1, images // 8))):
+        for folder, count in ((stored / 'fog' / '1', images), (root / 'clean', images // 8)):
             _write_pictures(folder, count, config['input_size'][-1])
 
         def evaluate_stored() -> None:

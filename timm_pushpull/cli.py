@@ -144,9 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_prime.add_argument('--preset', default='imagenet', metavar='NAME', help='imagenet or cifar')
     of_prime.set_defaults(run=_bench_prime)
     of_robustness = benches.add_parser('robustness', help='the evaluation beside validate.py')
-    of_robustness.add_argument('--model', default='resnet18', metavar='MODEL')
-    of_robustness.add_argument('--images', type=int, default=256, metavar='N')
-    of_robustness.add_argument('--workers', type=int, default=2, metavar='N')
+    of_robustness.add_argument('--model', default='resnet18', metavar='MODEL', help='of timm (%(default)s)')
+    of_robustness.add_argument('--images', type=int, default=256, metavar='N', help='at least 80 (%(default)s)')
+    of_robustness.add_argument(
+        '--workers', type=int, default=2, metavar='N', help='processes that decode (%(default)s)'
+    )
     of_robustness.set_defaults(run=_bench_robustness)
     bench.set_defaults(
         run=_bench, **dict.fromkeys(('networks', 'img_size', 'output', 'batch_size', 'rounds', 'device'))
@@ -282,8 +284,10 @@ def _recipes(args: argparse.Namespace) -> None:
     if args.name:
         print(f'{recipe_command(args.name)}\n\n{recipe_command(args.name, args.processes)}')
     else:
-        for name, purpose in list_recipes().items():
-            print(f'{name:<40} {purpose}')
+        recipes = list_recipes()
+        width = max(map(len, recipes))
+        for name, purpose in recipes.items():
+            print(f'{name:<{width}} {purpose}')
 
 
 def _hub_export(args: argparse.Namespace) -> None:
@@ -387,11 +391,12 @@ def _print_comparisons(args: argparse.Namespace, comparisons: Iterator[Any]) -> 
 
     with _refused_by_timm(f'--device {args.device}'):
         torch.zeros(0, device=args.device)
-    print("time of ours and of the published formulation, median (range), and peak memory of both, over timm's network")
-    print('(PRIME: over copying each image as often as PRIME changes it)')
     found: list[Any] = []
     last = None
     for row in comparisons:
+        if not found:
+            print("median time (range) of ours and of the published formulation, and peak memory of both, over timm's")
+            print('network (PRIME: over copying each image as often as PRIME changes it); nhwc is channels_last')
         found.append(row)
         title = f'{row.precision}, {"compiled" if row.compiled else "eager"}'
         if title != last:
@@ -415,7 +420,12 @@ def _create_dataset(args: argparse.Namespace) -> Any:
     class_map = find_class_map(args.class_map, args.data_dir or '')
     options: dict[str, Any] = dict(root=args.data_dir, split=args.split, class_map=class_map)
     with _refused_by_timm(f'{args.dataset or "pictures"} in {args.data_dir}'):
-        return create_dataset(args.dataset or '', **options)
+        dataset: Any = create_dataset(args.dataset or '', **options)
+    # Where there is no folder of the split, timm takes all pictures, which is meant only of a folder without splits.
+    whole = not args.dataset and dataset.reader.root == args.data_dir
+    if whole and (args.split != 'validation' or os.path.isdir(os.path.join(args.data_dir, 'train'))):
+        raise ValueError(f'--split must be a folder of --data-dir, there is no {args.split} in {args.data_dir}.')
+    return dataset
 
 
 def _create_models(args: argparse.Namespace) -> dict[str, Any]:
@@ -470,8 +480,11 @@ def _refused_by_timm(what: str) -> Iterator[None]:
         yield
     except (AssertionError, ImportError, RuntimeError, TypeError) as error:
         message = textwrap.shorten(str(error), 300)
-        hint = ' Give --checkpoint.' if 'No pretrained weights' in message else ''
-        raise ValueError(f'{what}: {message}{hint}') from None
+        if 'No pretrained weights' in message:
+            message = 'no pretrained weights are published, give --checkpoint.'
+        elif 'size mismatch' in message:
+            message += ' Give --num-classes and --model-kwargs of the training, or the name with the tag of its recipe.'
+        raise ValueError(f'{what}: {message}') from None
 
 
 def _print_summary(rows: Sequence[dict[str, Any]]) -> None:
@@ -481,7 +494,8 @@ def _print_summary(rows: Sequence[dict[str, Any]]) -> None:
     label = max(map(len, measures), default=0)
     print('\n' + ' ' * label + ''.join(f'  {row["model"]:>9}' for row in rows))
     for name in measures:
-        values = (f'{row.get(name, ""):>{max(9, len(row["model"]))}}' for row in rows)
+        figures = (f'{value:.2f}' if (value := row.get(name, '')) != '' else '' for row in rows)
+        values = (f'{figure:>{max(9, len(row["model"]))}}' for figure, row in zip(figures, rows, strict=True))
         print(f'{name:<{label}}  {"  ".join(values)}')
     print(f'in %; means over severities {rows[0]["severities"] or "of none"}', end='')
     print('.' if 'plain_mCE' in measures else '; mCE needs all 15 corruptions.')

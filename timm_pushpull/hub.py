@@ -135,7 +135,7 @@ def fetch_weights(repo_id: str, sha256: str, cache_dir: str | os.PathLike[str] |
     except OSError as error:  # all that huggingface_hub raises for the network, the server and the disk
         reasons = dict.fromkeys(' '.join(str(each).split()) for each in (error, error.__cause__) if each is not None)
         raise OSError(
-            f'The weights of {repo_id} could not be fetched: {" ".join(reasons)} '
+            f'The weights of {repo_id} could not be fetched: {" ".join(reasons).rstrip(".")}. '
             "A copy of its folder loads as timm.create_model('local-dir:FOLDER', pretrained=True)."
         ) from error
     found = file_sha256(path)
