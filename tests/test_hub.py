@@ -63,6 +63,7 @@ def test_each_folder_is_registered():
     defaults = {name.split('.')[0] for name in published}
     assert set(timm.list_pretrained('pp_*')) == published
     assert all(timm.get_pretrained_cfg(architecture).hf_hub_id for architecture in defaults)
+    assert timm.get_pretrained_cfg('pp_resnet18').tag == 'pp3_r64_imagenette'
 
 
 @pytest.mark.parametrize('name', list_recipes())

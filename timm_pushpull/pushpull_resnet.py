@@ -203,6 +203,8 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 HUB_MODELS = read_hub_models(hub_configs())
+# Which of a network's weights come without a tag.
+DEFAULTS = {'pp_resnet18.pp3_r64_imagenette'}
 SOURCES = {'file', 'hf_hub_id', 'state_dict', 'url'}
 
 default_cfgs = generate_default_cfgs(
@@ -215,7 +217,7 @@ default_cfgs = generate_default_cfgs(
         'pp_resnext50_32x4d.untrained': _cfg(),
         'pp_resnet18_cifar.untrained': _cifar_cfg(),
         'pp_resnet50_cifar.untrained': _cifar_cfg(),
-        **{name: model.pretrained_cfg for name, model in HUB_MODELS.items()},
+        **{name + '*' * (name in DEFAULTS): model.pretrained_cfg for name, model in HUB_MODELS.items()},
     }
 )
 
