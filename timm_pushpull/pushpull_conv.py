@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 def _check_avg_pool_size(avg_pool_size: int) -> None:
     if not isinstance(avg_pool_size, int) or avg_pool_size < 0 or (avg_pool_size > 0 and avg_pool_size % 2 == 0):
-        raise ValueError(f'avg_pool_size must be 0 or a positive odd integer, got {avg_pool_size!r}.')
+        raise ValueError(f'avg_pool_size must be 0 or a positive odd integer, got {avg_pool_size}.')
 
 
 def pull_kernels(weight: Tensor) -> Tensor:
