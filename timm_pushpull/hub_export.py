@@ -21,7 +21,7 @@ from .hub import CARD, CHECKSUM, CONFIG, HUB_ORG, RECIPE, WEIGHTS, file_sha256, 
 from .model_card import Evaluation, Rounding, model_card
 from .pictures import DatasetPictures, find_class_map
 from .results import read_answers, read_baseline, read_csv, read_protocol, summarize
-from .robustness import evaluate_robustness, hash_weights
+from .robustness import evaluate_robustness, hash_modules, hash_weights
 
 __all__ = ['export_checkpoint']
 
@@ -169,7 +169,7 @@ def _check_network(model: nn.Module, name: str, recipe: Path, options: Mapping[s
     if known is None:
         return
     expected = yaml.safe_load(known.read_text())
-    if str(_build(name, expected)) != str(model):
+    if hash_modules(_build(name, expected)) != hash_modules(model):
         ours, theirs = (
             ', '.join(f'{argument}={value}' for argument, value in _model_args(each).items())
             for each in (options, expected)

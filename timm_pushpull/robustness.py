@@ -36,7 +36,7 @@ from .results import (
     write_summary,
 )
 
-__all__ = ['evaluate_robustness', 'hash_weights', 'stratified_indices']
+__all__ = ['evaluate_robustness', 'hash_modules', 'hash_weights', 'stratified_indices']
 
 EXAMPLES = 3  # pictures kept for the report
 
@@ -414,7 +414,7 @@ def _protocol(
                 'param_count': round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
                 'weights_sha256': hash_weights(model),
                 # What the weights do not hold, such as a fixed alpha or the averaging window.
-                'modules_sha256': _sha256(re.sub(' at 0x[0-9a-f]+', '', str(model))),
+                'modules_sha256': hash_modules(model),
                 'precision': str(amp_dtype or torch.float32).removeprefix('torch.'),
                 'device': torch.device(device).type,
             }
@@ -432,6 +432,18 @@ def _version(package: str) -> str | None:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_modules(model: nn.Module) -> str:
+    """Compute the checksum of a model's modules and their settings, as far as PyTorch prints them.
+
+    Args:
+        model: The model.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+    """
+    return _sha256(re.sub(' at 0x[0-9a-f]+', '', str(model)))  # functions print their address
 
 
 def hash_weights(model: nn.Module) -> str:
