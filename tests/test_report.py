@@ -64,6 +64,10 @@ class Page(html.parser.HTMLParser):
         if self.rows and self.rows[-1]:
             self.rows[-1][-1] += f' {data}'
 
+    def handle_endtag(self, tag):
+        if tag == 'table':
+            self.rows.append([])
+
     def row(self, start):
         return [' '.join(row).strip() for row in self.rows if row and row[0].strip() == start]
 
@@ -115,6 +119,37 @@ def test_training_runs_are_summed_up(tmp_path):
     assert page.row('plain')[1].startswith('plain  1  20.0 20.0 to 20.0  50.0 50.0 to 50.0')
 
 
+def test_training_runs_are_compared_with_those_of_the_baseline(tmp_path):
+    errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@1': (3, 4), 'pp@2': (2, 7)}
+    folder = write_finished(tmp_path / 'results', errors, baseline='plain')
+    page = Page(write_report([folder], tmp_path / 'page'))
+    # R_net: 100 * ((50 - 40) + (20 - 30)) / (2 * 20) and 100 * ((60 - 70) + (40 - 20)) / (2 * 40)
+    (head,) = (row for row in page.row('model') if 'model  runs  ' in row)
+    (pp,) = page.row('pp')
+    assert head.split() == 'model runs E plain mCE noise blur weather digital relative mCE R net'.split()
+    assert pp.startswith('pp  2  25.0 20.0 to 30.0  55.0 40.0 to 70.0  55.0 40.0 to 70.0')
+    assert pp.endswith('  6.2 0.0 to 12.5')
+    assert any('Each run is compared with the run of plain' in text for text in page.texts)
+    assert 'R net' not in ' '.join(Page(write_report([folder], tmp_path / 'of one', 'plain@1')).row('model  runs'))
+
+
+def test_a_summary_has_the_tables_and_the_pictures_of_its_figures(tmp_path):
+    errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@1': (3, 4), 'pp@2': (2, 7)}
+    folder = write_finished(tmp_path / 'results', errors, baseline='plain')
+    whole = Page(write_report([folder], tmp_path / 'whole'))
+    page = Page(write_report([folder / 'summary.csv'], tmp_path / 'page'))
+    of_figures = {*OF_RUNS, *PICTURES} - {'error_by_severity.png', 'examples.png'}
+    assert {p.name for p in (tmp_path / 'page').iterdir()} == {'report.html', *of_figures}
+    for name in of_figures:
+        assert (tmp_path / 'page' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+    for start in ('model', 'plain@1', 'pp@2', 'pp', 'CE, %', 'fog'):
+        assert page.row(start) == [row for row in whole.row(start) if row in page.row(start)] != []
+    other = Page(write_report([folder / 'summary.csv'], tmp_path / 'other', 'pp@1')).row('pp@1')
+    assert any(row.endswith('  100.0  0.0') for row in other)
+    with pytest.raises(ValueError, match=r'summary.csv is a file: name results folders, or one'):
+        write_report([folder, folder / 'summary.csv'], tmp_path / 'both')
+
+
 def test_no_two_models_look_alike():
     looks = [_look(place) for place in range(20)]
     assert all(look not in looks[:place] for place, look in enumerate(looks))
@@ -140,9 +175,12 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(folder / 'report' / 'report.html')
     assert 'Baseline: pp' in (folder / 'report' / 'report.html').read_text()
     assert read_protocol(folder)['models'].keys() == {'plain <1>', 'pp'}
+    assert main(['report', str(folder / 'summary.csv')]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / 'report' / 'report.html')
     for arguments, message in [
         (['report', str(tmp_path)], 'holds no results'),
         (['report', str(folder), '--baseline', 'x'], "got 'x'"),
+        (['report', str(folder / 'protocol.json')], 'protocol.json is not a summary.csv'),
     ]:
         assert main(arguments) == 2
         error = capsys.readouterr().err

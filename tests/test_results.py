@@ -9,7 +9,9 @@ from timm_pushpull.results import (
     ANSWER,
     UNREAD,
     answers_path,
+    compare,
     read_protocol,
+    read_summary,
     write_answers,
     write_errors,
     write_summary,
@@ -97,6 +99,52 @@ def test_a_summary_keeps_its_baseline(tmp_path):
     assert [row['baseline'] for row in write_summary(tmp_path, 'a')] == ['a', 'a']
     with pytest.raises(ValueError, match='baseline must be one of the models a, b, got'):
         write_summary(tmp_path, 'c')
+
+
+def test_each_training_run_is_compared_with_the_run_of_its_name(tmp_path):
+    def passes(clean, corrupted):
+        return {('clean', 0): clean} | {(name, severity): corrupted for name in TEST_CORRUPTIONS for severity in FIVE}
+
+    errors = {'a@1': (20, 50), 'a@2': (25, 40), 'b@2': (30, 30), 'b@1': (10, 60), 'b@3': (5, 5), 'c': (20, 50)}
+    write_results(tmp_path, {name: passes(*numbers) for name, numbers in errors.items()})
+    rows = {row['model']: row for row in write_summary(tmp_path, baseline='a')}
+    assert {row['baseline'] for row in rows.values()} == {'a'}
+    assert rows['a@1']['R_net'] == rows['a@2']['R_net'] == 0
+    assert rows['b@1']['R_net'] == pytest.approx(net_error_reduction(0.1, 0.6, 0.2, 0.5))
+    assert rows['b@2']['R_net'] == pytest.approx(net_error_reduction(0.3, 0.3, 0.25, 0.4))
+    assert rows['b@2']['relative_mCE'] == 0 and rows['b@1']['relative_mCE'] == pytest.approx(100 * 0.5 / 0.3, abs=1e-3)
+    assert rows['b@3']['R_net'] == rows['c']['R_net'] == ''
+    assert [row['R_net'] for row in write_summary(tmp_path)] == [row['R_net'] for row in rows.values()]
+    with pytest.raises(ValueError, match='one of the models a@1, a@2, b@2, b@1, b@3, c, a, b, got'):
+        write_summary(tmp_path, 'd')
+
+
+@pytest.mark.parametrize('baseline', ['a', 'a@2'])
+def test_rows_of_a_summary_can_be_compared_without_the_answers(tmp_path, baseline):
+    generator = np.random.default_rng(0)
+    passes = [('clean', 0), *((name, severity) for name in TEST_CORRUPTIONS for severity in FIVE)]
+    models = {name: {of: generator.integers(1, 99) for of in passes} for name in ('a@1', 'a@2', 'b@1', 'b@2')}
+    write_results(tmp_path, {**models, 'b@3': {('clean', 0): 7}})
+    write_summary(tmp_path)
+    compared = compare(read_summary(tmp_path / 'summary.csv'), baseline)
+    whole = write_summary(tmp_path, baseline)
+    assert read_summary(tmp_path / 'summary.csv') == [{**dict.fromkeys(compared[0], ''), **row} for row in whole]
+    for row, expected in zip(compared, whole, strict=True):
+        of_answers = {f'{name}{end}' for name in ('relative_mCE', 'R_net') for end in ('_low', '_high')}
+        assert {row[name] for name in of_answers} == {''}
+        for name in row.keys() - of_answers:
+            assert row[name] == pytest.approx(expected.get(name, ''), abs=0.02), name
+    with pytest.raises(ValueError, match="got 'c'"):
+        compare(compared, 'c')
+
+
+@pytest.mark.parametrize(
+    'content', [b'', b'a,b\n1,2\n', b'\xff\xfe', b'model,E\nm,1,2\n', b'model,E\nm\n', b'model,E\nm,x\n']
+)
+def test_what_is_no_summary_is_refused(tmp_path, content):
+    (tmp_path / 'table.csv').write_bytes(content)
+    with pytest.raises(ValueError, match=r'table.csv is not a summary.csv'):
+        read_summary(tmp_path / 'table.csv')
 
 
 def test_a_folder_without_results_is_refused(tmp_path):

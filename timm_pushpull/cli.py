@@ -8,11 +8,13 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = ['main']
 
 ENDS = ('_low', '_high')  # of an interval
+BASELINE = 'model that relative mCE and R_net compare with, or what comes before the @ of its training runs'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.add_argument('--std', nargs=3, type=float, metavar='N')
     run = robustness.add_argument_group('run')
     run.add_argument('--output', required=True, metavar='FOLDER', help='results folder; a run there goes on')
-    run.add_argument('--baseline', metavar='MODEL', help='model that relative mCE and R_net compare with')
+    run.add_argument('--baseline', metavar='MODEL', help=BASELINE)
     run.add_argument('--device', help='cuda where there is one, else cpu')
     run.add_argument('--amp', action='store_true', help='mixed precision')
     run.add_argument('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
@@ -87,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     robustness.set_defaults(run=_robustness)
 
     report = commands.add_parser('report', help='a page with tables and pictures from results of robustness')
-    report.add_argument('folders', nargs='+', metavar='FOLDER', help='results folder')
-    report.add_argument('--output', metavar='FOLDER', help='where the page goes; by default FOLDER/report of the first')
-    report.add_argument('--baseline', metavar='MODEL', help='model that relative mCE and R_net compare with')
+    report.add_argument('results', nargs='+', metavar='RESULTS', help='results folder; or one summary.csv')
+    report.add_argument('--output', metavar='FOLDER', help='where the page goes; by default report beside summary.csv')
+    report.add_argument('--baseline', metavar='MODEL', help=BASELINE)
     report.set_defaults(run=_report)
 
     figures = commands.add_parser('figures', help='what the push-pull unit of a model sees: kernels, noise, spectra')
@@ -268,7 +270,9 @@ def _robustness(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from .report import write_report
 
-    print(write_report(args.folders, args.output or f'{args.folders[0]}/report', args.baseline))
+    first = Path(args.results[0])
+    output = args.output or (first.parent if first.is_file() else first) / 'report'
+    print(write_report(args.results, output, args.baseline))
 
 
 def _figures(args: argparse.Namespace) -> None:

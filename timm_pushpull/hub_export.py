@@ -20,7 +20,7 @@ from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 from .hub import CARD, CHECKSUM, CONFIG, HUB_ORG, RECIPE, WEIGHTS, file_sha256, hub_configs
 from .model_card import Evaluation, Rounding, model_card
 from .pictures import DatasetPictures, find_class_map
-from .results import read_answers, read_baseline, read_csv, read_protocol, summarize
+from .results import baseline_of, read_answers, read_baseline, read_csv, read_protocol, summarize
 from .robustness import evaluate_robustness, hash_modules, hash_weights
 
 __all__ = ['export_checkpoint']
@@ -227,7 +227,8 @@ def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Mod
         if label is not None:
             rows = {row['model']: row for row in summarize(protocol, read_answers(results), read_baseline(results))}
             if label in rows:
-                return Evaluation(protocol, rows[label], rows.get(rows[label]['baseline']), of == 'stored')
+                baseline = baseline_of(label, rows[label]['baseline'], rows)
+                return Evaluation(protocol, rows[label], rows.get(baseline or ''), of == 'stored')
     raise ValueError(
         f'{results} holds no results of these weights, its models are {", ".join(labels.values())}: measure them by '
         f'timm-pushpull robustness {name}=local-dir:FOLDER, FOLDER being the exported one.'

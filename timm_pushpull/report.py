@@ -19,8 +19,11 @@ from .files import write_whole
 from .measures import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
 from .results import (
     CLEAN,
+    COMPARISONS,
     UNREAD,
+    baseline_of,
     check_baseline,
+    compare,
     differences,
     other_views,
     places_read,
@@ -28,7 +31,9 @@ from .results import (
     read_baseline,
     read_csv,
     read_protocol,
+    read_summary,
     summarize,
+    without_run,
 )
 
 if TYPE_CHECKING:
@@ -84,21 +89,22 @@ dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
 
 
 def write_report(
-    folders: Sequence[str | os.PathLike[str]],
+    results: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     baseline: str | None = None,
     note: str = '',
 ) -> Path:
-    """Write a page on the models of results folders, and the PNG files that it holds.
+    """Write a page on the models of results folders, or of one summary, and the PNG files that it holds.
 
     Models whose protocols differ in more than the model never share a table or a picture: each protocol has its own
     part of the page. Models whose names differ only in what follows an ``@`` are training runs of one: their mean and
     range are told too.
 
     Args:
-        folders: Results folders.
+        results: Results folders; or one ``summary.csv``, whose page has what its figures can give.
         output: Folder of the page, made if it does not exist.
-        baseline: Model that relative mCE and R_net are measured against; by default that of the summaries.
+        baseline: What relative mCE and R_net are measured against, see :func:`~timm_pushpull.results.baseline_of`; by
+            default that of the summaries.
         note: A sentence for the top of the page.
 
     Returns:
@@ -106,25 +112,17 @@ def write_report(
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If a folder holds no results, or if no folder has the baseline.
+        ValueError: If a folder holds no results, if a summary is no such table or is not alone, or if the baseline is
+            not among the models.
     """
     output = Path(output)
-    parts = _by_protocol(folders)
-    names = [name for part in parts for name in part.answers]
-    check_baseline(baseline, names)
     sections = [f'<p>{html.escape(note)}</p>' if note else '']
-    if len(parts) == 1:
-        sections.append(_section(parts[0], output, '', baseline))
+    if summary := next((path for path in results if Path(path).is_file()), None):
+        if len(results) > 1:
+            raise ValueError(f'{summary} is a file: name results folders, or one summary.csv.')
+        sections.append(_summary_section(Path(summary), output, baseline))
     else:
-        fields = dict.fromkeys(field for part in parts for field, *_ in differences(parts[0].shared, part.shared))
-        sections.append(
-            f'<p>The folders were measured in {len(parts)} ways, which differ in {html.escape(", ".join(fields))}: do '
-            'not compare the numbers of one part with those of another.</p>'
-        )
-        for number, part in enumerate(parts, 1):
-            title = ', '.join(folder.name for folder in part.folders)
-            sections.append(f'<hr><h1>Part {number}: {html.escape(title)}</h1>')
-            sections.append(_section(part, output, f'{number}-', baseline))
+        sections += _folder_sections(_by_protocol(results), output, baseline)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Robustness to corruptions</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
@@ -194,32 +192,66 @@ def _by_protocol(folders: Sequence[str | os.PathLike[str]]) -> list[_Part]:
     return list(parts.values())
 
 
-def _section(part: _Part, output: Path, prefix: str, baseline: str | None) -> str:
-    baseline = baseline or part.baseline or ''
-    rows = summarize(part.protocol, part.answers, baseline if baseline in part.answers else None)
+def _folder_sections(parts: Sequence[_Part], output: Path, baseline: str | None) -> list[str]:
+    check_baseline(baseline, [name for part in parts for name in part.answers])
+    if len(parts) == 1:
+        return [_folder_section(parts[0], output, '', baseline)]
+    fields = dict.fromkeys(field for part in parts for field, *_ in differences(parts[0].shared, part.shared))
+    sections = [
+        f'<p>The folders were measured in {len(parts)} ways, which differ in {html.escape(", ".join(fields))}: do '
+        'not compare the numbers of one part with those of another.</p>'
+    ]
+    for number, part in enumerate(parts, 1):
+        title = ', '.join(folder.name for folder in part.folders)
+        sections.append(f'<hr><h1>Part {number}: {html.escape(title)}</h1>')
+        sections.append(_folder_section(part, output, f'{number}-', baseline))
+    return sections
+
+
+def _folder_section(part: _Part, output: Path, prefix: str, baseline: str | None) -> str:
+    baseline = baseline or part.baseline
+    is_here = any(baseline_of(name, baseline, part.answers) for name in part.answers)
+    rows = summarize(part.protocol, part.answers, baseline if is_here else None)
+    of_answers = {'error_by_severity': _error_by_severity(part.answers), 'examples': _examples(part)}
+    return '\n'.join(
+        [
+            f'<p>{_in_words(part.protocol)}</p>',
+            *_tables_and_pictures(rows, of_answers, output, prefix),
+            *(['<h2>What the models saw and answered</h2>', *strips] if (strips := _strips(part)) else []),
+            '<h2>How it was measured</h2>',
+            '<p>All of it, with whole hashes, is in protocol.json.</p>',
+            _protocol_table(part.protocol),
+        ]
+    )
+
+
+def _summary_section(path: Path, output: Path, baseline: str | None) -> str:
+    rows = read_summary(path)
+    if baseline is not None and baseline != rows[0]['baseline']:
+        rows = compare(rows, baseline)
+    words = f'From {path.name}; how its figures were measured is told by the results that it was made from.'
+    return '\n'.join([f'<p>{html.escape(words)}</p>', *_tables_and_pictures(rows, {}, output, '')])
+
+
+def _tables_and_pictures(
+    rows: Sequence[Mapping[str, Any]], of_answers: Mapping[str, 'Figure | None'], output: Path, prefix: str
+) -> list[str]:
     over_runs = _over_runs(rows)
     pictures = {
         'runs_mce_against_clean_error': _mce_against_clean_error(over_runs),
         'runs': _error_by_corruption(over_runs),
         'error_by_corruption': _error_by_corruption(rows),
-        'error_by_severity': _error_by_severity(part.answers),
         'mce_against_clean_error': _mce_against_clean_error(rows),
-        'examples': _examples(part),
+        **of_answers,
     }
     spread = 'with 95% intervals'
     over = 'mean of the training runs, and their range'
-    lower_left = 'lower and further left is better. ' + (
-        'On the line, the gain on corrupted pictures against the baseline equals the loss on clean ones (R_net = 0); '
-        'below it the gain is larger.'
-        if any(row['R_net'] != '' for row in rows)
-        else 'With a baseline it would have the line on which gain and loss are equal.'
-    )
     captions = {
-        'runs_mce_against_clean_error': f'Plain mCE against the clean error: {over}; {lower_left}',
+        'runs_mce_against_clean_error': f'Plain mCE against the clean error: {over}; {_lower_left(over_runs)}',
         'runs': f'Top-1 error by corruption, mean over the severities: {over}.',
         'error_by_corruption': f'Top-1 error by corruption, mean over the severities, {spread}.',
+        'mce_against_clean_error': f'Plain mCE against the clean error, {spread}; {_lower_left(rows)}',
         'error_by_severity': 'Top-1 error by severity, mean over the corruptions of a kind; 0 is clean.',
-        'mce_against_clean_error': f'Plain mCE against the clean error, {spread}; {lower_left}',
     }
     figures = []
     for name, figure in pictures.items():
@@ -229,21 +261,30 @@ def _section(part: _Part, output: Path, prefix: str, baseline: str | None) -> st
             if name in captions:
                 caption = captions[name]
                 figures.append(f'<figure>{_img(png, caption)}<figcaption>{caption}</figcaption></figure>')
-    return '\n'.join(
-        [
-            f'<p>{_in_words(part.protocol)}</p>',
-            '<h2>Measures</h2>',
-            _table(rows),
-            *(['<h2>Over training runs</h2>', _runs_table(over_runs)] if over_runs else []),
-            '<h2>Where the errors are</h2>',
-            *figures,
-            _corruption_table(rows),
-            *(['<h2>What the models saw and answered</h2>', *strips] if (strips := _strips(part)) else []),
-            '<h2>How it was measured</h2>',
-            '<p>All of it, with whole hashes, is in protocol.json.</p>',
-            _protocol_table(part.protocol),
-        ]
-    )
+    return [
+        '<h2>Measures</h2>',
+        _table(rows),
+        *(['<h2>Over training runs</h2>', _runs_table(over_runs, rows[0]['baseline'])] if over_runs else []),
+        '<h2>Where the errors are</h2>',
+        *figures,
+        _corruption_table(rows),
+    ]
+
+
+def _lower_left(rows: Sequence[Mapping[str, Any]]) -> str:
+    words = 'lower and further left is better.'
+    if _row_of_baseline(rows) is not None:
+        words += (
+            ' On the line, the gain on corrupted pictures against the baseline equals the loss on clean ones '
+            '(R_net = 0); below it the gain is larger.'
+        )
+    elif rows and not rows[0]['baseline']:
+        words += ' With a baseline it would have the line on which gain and loss are equal.'
+    return words
+
+
+def _row_of_baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    return next((row for row in rows if row['model'] == row['baseline']), None)
 
 
 def _in_words(protocol: Mapping[str, Any]) -> str:
@@ -282,34 +323,41 @@ def _over_runs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each model, if one has several training runs: the mean of each figure, its ends the range."""
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        runs.setdefault(_without_run(row['model']), []).append(row)
+        runs.setdefault(without_run(row['model']), []).append(row)
     if len(runs) == len(rows):
         return []
+    measured = dict.fromkeys(name for row in rows for name in row if f'{name}_low' in row)
     found = []
     for model, of_model in runs.items():
-        baseline = _without_run(of_model[0]['baseline'])
+        baseline = without_run(of_model[0]['baseline'])
         figures: dict[str, Any] = {'model': model, 'runs': len(of_model), 'baseline': baseline}
-        for name in (key for key in of_model[0] if f'{key}_low' in of_model[0]):
-            values = [row[name] for row in of_model if row.get(name, '') != '']
-            ends = (np.mean(values), min(values), max(values)) if len(values) == len(of_model) else ('', '', '')
+        values = {name: [row.get(name, '') for row in of_model] for name in measured}
+        values |= {kind: [_mean_error_of(row, names) for row in of_model] for kind, names in KINDS.items()}
+        for name, of_runs in values.items():
+            ends = ('', '', '') if '' in of_runs else (np.mean(of_runs), min(of_runs), max(of_runs))
             figures |= dict(zip((name, f'{name}_low', f'{name}_high'), ends, strict=True))
         found.append(figures)
     return found
 
 
-def _without_run(model: str) -> str:
-    return model.rpartition('@')[0] or model
+def _mean_error_of(row: Mapping[str, Any], corruptions: Sequence[str]) -> float | str:
+    errors = [row.get(f'CE_{name}', '') for name in corruptions]
+    return '' if '' in errors else float(np.mean(errors))
 
 
-def _runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    # The ratios to a baseline are to one run of it.
-    measures = [name for name in ('E', 'plain_mCE', 'alexnet_normalized_mCE') if any(row[name] != '' for row in rows)]
+def _runs_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
+    measures = ['E', 'plain_mCE', 'alexnet_normalized_mCE', *KINDS]
+    # Ratios to one run would tell that run's luck.
+    by_run = any(row['model'] == baseline and row['runs'] > 1 for row in rows)
+    measures = [name for name in (*measures, *(COMPARISONS if by_run else ())) if any(row[name] != '' for row in rows)]
     head = ''.join(f'<th>{name.replace("_", " ")}</th>' for name in measures)
     lines = [f'<tr><th>model</th><th>runs</th>{head}</tr>']
     for row in rows:
         cells = ''.join(f'<td>{_with_interval(row, name)}</td>' for name in measures)
         lines.append(f'<tr><td>{html.escape(row["model"])}</td><td>{row["runs"]}</td>{cells}</tr>')
-    note = 'Mean of the runs, and the smallest and the largest.'
+    note = 'Mean of the runs, and the smallest and the largest; of a kind of corruption, the mean CE.'
+    if by_run:
+        note += f' Each run is compared with the run of {html.escape(baseline)} that has its name.'
     return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
 
 
@@ -362,7 +410,7 @@ def _error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | None':
     figure = new_figure(1.2 + max(0.3, 0.07 * len(rows)) * len(names) + 0.2 * len(rows) / 2)
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        shift = (0.5 if len(rows) < 4 else 0.8) * (place - (len(rows) - 1) / 2) / max(len(rows), 2)
+        shift = 0.8 * (place - (len(rows) - 1) / 2) / max(len(rows), 2)
         here = [(height + shift, name) for height, name in enumerate(names) if row.get(f'CE_{name}', '') != '']
         errors = np.array([[row[f'CE_{name}{end}'] for end in ('', '_low', '_high')] for _, name in here], float)
         heights = [height for height, _ in here]
@@ -433,7 +481,7 @@ def _mce_against_clean_error(rows: Sequence[Mapping[str, Any]]) -> 'Figure | Non
         (x, *xs), (y, *ys) = ([row[f'{name}{end}'] for end in ('', '_low', '_high')] for name in ('E', 'plain_mCE'))
         spread: dict[str, Any] = dict(xerr=[[x - xs[0]], [xs[1] - x]], yerr=[[y - ys[0]], [ys[1] - y]])
         axes.errorbar(x, y, **spread, linestyle='', lw=1, label=row['model'], **_look(place))
-    of_baseline = next((row for row in rows if row['model'] == row['baseline']), None)
+    of_baseline = _row_of_baseline(rows)
     if of_baseline is not None:
         # R_net = 0: what mCE wins, E loses.
         point = (of_baseline['E'], of_baseline['plain_mCE'])

@@ -37,10 +37,13 @@ from .measures import (
 __all__ = [
     'ANSWER',
     'CLEAN',
+    'COMPARISONS',
     'TOP',
     'UNREAD',
     'answers_path',
+    'baseline_of',
     'check_baseline',
+    'compare',
     'differences',
     'join_protocol',
     'other_views',
@@ -49,7 +52,9 @@ __all__ = [
     'read_baseline',
     'read_csv',
     'read_protocol',
+    'read_summary',
     'summarize',
+    'without_run',
     'write_answers',
     'write_errors',
     'write_pictures',
@@ -61,6 +66,8 @@ TOP = 5
 UNREAD = 255
 ANSWER = np.dtype([('answer', '<u2'), ('place', 'u1')])
 RESAMPLES = 1000
+COMPARISONS = ('relative_mCE', 'R_net')
+NAMES = ('model', 'interpolation', 'severities', 'baseline')  # columns of a summary that hold no number
 
 
 def read_protocol(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -114,14 +121,45 @@ def check_baseline(baseline: str | None, models: Collection[str]) -> None:
     """Refuse a baseline that was not measured.
 
     Args:
-        baseline: Name of a model, or None.
+        baseline: Name of a model, or of a model with training runs, or None.
         models: Names of those that were.
 
     Raises:
         ValueError: If it is not among them.
     """
-    if baseline is not None and baseline not in models:
-        raise ValueError(f'baseline must be one of the models {", ".join(models)}, got {baseline!r}.')
+    names = dict.fromkeys([*models, *map(without_run, models)])
+    if baseline is not None and baseline not in names:
+        raise ValueError(f'baseline must be one of the models {", ".join(names)}, got {baseline!r}.')
+
+
+def without_run(model: str) -> str:
+    """Tell what a training run is a run of.
+
+    Args:
+        model: Name of a model, ``MODEL@RUN`` if it is one training run of several.
+
+    Returns:
+        ``MODEL``.
+    """
+    return model.rpartition('@')[0] or model
+
+
+def baseline_of(model: str, baseline: str | None, models: Collection[str]) -> str | None:
+    """Find what a model is compared with.
+
+    Args:
+        model: Its name.
+        baseline: Name of a model, or what comes before the ``@`` in the names of its training runs: then a run is
+            compared with the run of the same name, as a rule the same seed.
+        models: Names of the models that were measured.
+
+    Returns:
+        One of these names, None if there is nothing to compare with.
+    """
+    if baseline is None or baseline in models:
+        return baseline
+    of_same_run = baseline + model.removeprefix(without_run(model))
+    return of_same_run if of_same_run in models else None
 
 
 def differences(there: Any, here: Any, field: str = '') -> Iterable[tuple[str, Any, Any]]:
@@ -226,8 +264,8 @@ def write_summary(folder: str | os.PathLike[str], baseline: str | None = None) -
 
     Args:
         folder: Results folder.
-        baseline: Name of the model that relative mCE and R_net are measured against; None for that of the summary
-            which is there, if it has one.
+        baseline: What relative mCE and R_net are measured against, see :func:`baseline_of`; None for that of the
+            summary which is there, if it has one.
 
     Returns:
         Its rows, see :func:`summarize`.
@@ -268,7 +306,7 @@ def summarize(
     Args:
         protocol: How the answers were made (:func:`read_protocol`).
         answers: Answers by model, corruption and severity (:func:`read_answers`).
-        baseline: Name of the model that relative mCE and R_net are measured against.
+        baseline: What relative mCE and R_net are measured against, see :func:`baseline_of`.
 
     Returns:
         One row a model: timm's own columns, the number of answers that unreadable pictures cost, then E, CE and means
@@ -292,12 +330,75 @@ def summarize(
         row['severities'] = ' '.join(map(str, severities))
         row['baseline'] = baseline or ''
         with np.errstate(divide='ignore', invalid='ignore'):
-            measures = _measures(rates[name], rates.get(baseline or ''), severities, protocol['data']['imagenet_1k'])
+            of_baseline = rates.get(baseline_of(name, baseline, protocol['models']) or '')
+            measures = _measures(rates[name], of_baseline, severities, protocol['data']['imagenet_1k'])
         for measure, values in measures.items():
             numbers = [None] * 3 if values is None else [values[0], *_interval(values[1:])]
             row.update(zip((measure, f'{measure}_low', f'{measure}_high'), map(_rounded, numbers), strict=True))
         rows.append(row)
     return rows
+
+
+def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a ``summary.csv`` back, or a table of the rows of several.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its rows, as :func:`summarize` makes them.
+
+    Raises:
+        ValueError: If the file is no such table.
+    """
+    try:
+        rows = [{name: _from_text(name, text) for name, text in row.items()} for row in read_csv(path)]
+    except (AttributeError, ValueError, csv.Error):  # a line with another number of cells, no text, no table
+        rows = []
+    if not rows or not {*NAMES, 'img_size', 'crop_pct', 'unreadable', 'E', 'plain_mCE'} <= rows[0].keys():
+        raise ValueError(f'{path} is not a summary.csv of timm-pushpull robustness.')
+    return rows
+
+
+def _from_text(name: str, text: str) -> Any:
+    if name in NAMES or text == '':
+        return text
+    return int(text) if text.isdecimal() else float(text)
+
+
+def compare(rows: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """Compare the rows of a summary with a baseline.
+
+    The answers are not there to be resampled: relative mCE and R_net have no intervals.
+
+    Args:
+        rows: What :func:`summarize` or :func:`read_summary` returns.
+        baseline: What relative mCE and R_net are measured against, see :func:`baseline_of`.
+
+    Returns:
+        The rows, with these two.
+
+    Raises:
+        ValueError: If the baseline is not among the models.
+    """
+    models = {row['model']: row for row in rows}
+    check_baseline(baseline, models)
+    compared = []
+    for row in rows:
+        of_baseline = models.get(baseline_of(row['model'], baseline, models) or '')
+        columns = dict.fromkeys(f'{name}{end}' for name in COMPARISONS for end in ('', '_low', '_high'))
+        numbers: dict[str, Any] = dict.fromkeys(columns, '')
+        if of_baseline and all(other[name] != '' for other in (row, of_baseline) for name in ('E', 'plain_mCE')):
+            with np.errstate(divide='ignore', invalid='ignore'):
+                values = _comparisons(*_as_rates(row), *_as_rates(of_baseline))
+            numbers |= {name: _rounded(value) for name, value in values.items()}
+        compared.append({**row, **numbers, 'baseline': baseline})
+    return compared
+
+
+def _as_rates(row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """E and CE, in [0, 1]."""
+    return np.float64(row['E']) / 100, {name: np.float64(row[f'CE_{name}']) / 100 for name in TEST_CORRUPTIONS}
 
 
 def other_views(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -332,7 +433,7 @@ def _interval(resampled: np.ndarray) -> np.ndarray:
 
 def _rounded(number: float | None) -> float | str:
     """To a thousandth; '' where there is no finite number."""
-    return '' if number is None or not np.isfinite(number) else round(float(number), 3)
+    return '' if number is None or not np.isfinite(number) else round(float(number), 3) + 0.0  # -0.0 is 0.0
 
 
 class _Rates(NamedTuple):
@@ -392,15 +493,20 @@ def _measures(rates: _Rates, baseline: _Rates | None, severities: Sequence[int],
     # AlexNet's errors are means over the five severities.
     normalize = tested and imagenet and tuple(severities) == SEVERITIES
     measures['alexnet_normalized_mCE'] = 100 * normalized_mce(errors) if normalize else None
-    measures['relative_mCE'] = measures['R_net'] = None
+    measures.update(dict.fromkeys(COMPARISONS))
     if tested and baseline is not None and rates.clean is not None and baseline.clean is not None:
         of_baseline = baseline.corruption_errors(severities)
         if of_baseline.keys() >= set(TEST_CORRUPTIONS):
-            measures['relative_mCE'] = 100 * relative_mce(rates.clean, errors, baseline.clean, of_baseline)
-            measures['R_net'] = net_error_reduction(
-                rates.clean, plain_mce(errors), baseline.clean, plain_mce(of_baseline)
-            )
+            measures.update(_comparisons(rates.clean, errors, baseline.clean, of_baseline))
     return measures
+
+
+def _comparisons(
+    clean: Any, errors: Mapping[str, Any], of_baseline: Any, errors_of_baseline: Mapping[str, Any]
+) -> dict[str, Any]:
+    relative = 100 * relative_mce(clean, errors, of_baseline, errors_of_baseline)
+    net = net_error_reduction(clean, plain_mce(errors), of_baseline, plain_mce(errors_of_baseline))
+    return dict(zip(COMPARISONS, (relative, net), strict=True))
 
 
 def _place_in_table(corruption: str) -> tuple[int, str]:
