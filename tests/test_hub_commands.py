@@ -230,6 +230,21 @@ def test_weights_of_a_tag_never_change(run, exported, capsys):
     assert {path: path.read_bytes() for path in exported.iterdir()} == before
 
 
+def test_other_weights_are_refused_before_pictures_are_measured(run, exported, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / 'data')
+    for picture in (tmp_path / 'data').glob('*/*/*.png'):
+        picture.write_text('not a picture')
+    options = ('--tag', TAG, '--output', exported.parent, '--dtype', 'float16', '--data-dir', tmp_path / 'data')
+    assert 'other weights' in fails(capsys, 'export', run / 'last.pth.tar', *options)
+
+
+def test_damaged_weights_are_mended(run, tmp_path):
+    folder = export(run, tmp_path)
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:-1])
+    assert (export(run, tmp_path) / WEIGHTS).read_bytes() == whole
+
+
 def test_a_known_tag_is_of_its_own_network(run, tmp_path, capsys):
     arguments = ('export', run / 'last.pth.tar', '--output', tmp_path, '--tag')
     error = fails(capsys, *arguments, 'pp_resnet18.pp3_r64_imagenette')

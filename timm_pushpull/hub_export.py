@@ -17,7 +17,7 @@ import yaml
 from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 
-from .hub import CARD, CHECKSUM, CONFIG, HUB_ORG, RECIPE, WEIGHTS, file_sha256, hub_configs
+from .hub import CARD, CHECKSUM, CONFIG, HUB_ORG, RECIPE, WEIGHTS, file_sha256, hub_configs, read_checksum
 from .model_card import Evaluation, Rounding, model_card
 from .pictures import DatasetPictures, find_class_map
 from .results import baseline_of, read_answers, read_baseline, read_csv, read_protocol, summarize
@@ -61,7 +61,7 @@ def export_checkpoint(
     Raises:
         ValueError: If the name is of no network or not of the checkpoint's, if the checkpoint does not hold what is
             asked for, if a weight is too large for the data type, if the results or pictures are of another model, or
-            if the folder holds other weights.
+            if the folder is of other weights.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     options = _read_options(checkpoint, name)
@@ -74,12 +74,9 @@ def export_checkpoint(
         raise ValueError(f'dtype must hold all weights, got {dtype}, in which some are not finite: take bfloat16.')
 
     labels, evaluation, rounding = _labels(options, model.num_classes), None, None
-    if dataset is not None:
-        pictures = DatasetPictures(dataset)
+    pictures = None if dataset is None else DatasetPictures(dataset)
+    if pictures is not None:
         labels = pictures.classes
-        if dtype != torch.float32:
-            before, after = _top1((model, rounded), dataset, **measurement)
-            rounding = Rounding(before, after, len(pictures.targets))
     if results is not None:
         evaluation = _read_evaluation(Path(results), name, model, rounded)
         labels = [row['name'] for row in read_csv(Path(results) / 'classes.csv')]
@@ -100,11 +97,14 @@ def export_checkpoint(
         )
         (written / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
         sha256 = file_sha256(written / WEIGHTS)
-        if (folder / WEIGHTS).exists() and file_sha256(folder / WEIGHTS) != sha256:
-            raise ValueError(f'{folder} holds other weights, and those of a tag never change: give another tag.')
+        if read_checksum(folder) not in (None, sha256):
+            raise ValueError(f'{folder} is of other weights, and those of a tag never change: give another tag.')
         (written / CHECKSUM).write_text(f'{sha256}  {WEIGHTS}\n')
         if not (folder / RECIPE).exists():
             (written / RECIPE).write_text(yaml.safe_dump(_without_paths(options)))
+        if pictures is not None and dtype != torch.float32:
+            before, after = _top1((model, rounded), dataset, **measurement)
+            rounding = Rounding(before, after, len(pictures.targets))
         recipe = next(path for path in (written / RECIPE, folder / RECIPE) if path.exists()).read_text()
         card = model_card(
             name,
