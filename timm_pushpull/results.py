@@ -386,8 +386,7 @@ def compare(rows: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, 
     compared = []
     for row in rows:
         of_baseline = models.get(baseline_of(row['model'], baseline, models) or '')
-        columns = dict.fromkeys(f'{name}{end}' for name in COMPARISONS for end in ('', '_low', '_high'))
-        numbers: dict[str, Any] = dict.fromkeys(columns, '')
+        numbers: dict[str, Any] = {f'{name}{end}': '' for name in COMPARISONS for end in ('', '_low', '_high')}
         if of_baseline and all(other[name] != '' for other in (row, of_baseline) for name in ('E', 'plain_mCE')):
             with np.errstate(divide='ignore', invalid='ignore'):
                 values = _comparisons(*_as_rates(row), *_as_rates(of_baseline))

@@ -76,7 +76,7 @@ def evaluate_robustness(
         severities: From 1 to 5.
         limit: Number of pictures, with as many of each class as can be; None for all.
         seed: Number of the draw of generated corruptions.
-        baseline: Name of the model that relative mCE and R_net are measured against.
+        baseline: What relative mCE and R_net are measured against, see :func:`~timm_pushpull.results.baseline_of`.
         skip_unreadable: Count pictures that cannot be read, instead of stopping at the first.
         data_configs: What ``timm.data.resolve_data_config`` returns, by model. By default that of the model: at its
             test size as ``validate.py``, at its train size with stored corruptions.
