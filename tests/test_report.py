@@ -129,7 +129,7 @@ def test_training_runs_are_compared_with_those_of_the_baseline(tmp_path):
     assert head.split() == 'model runs E plain mCE noise blur weather digital relative mCE R net'.split()
     assert pp.startswith('pp  2  25.0 20.0 to 30.0  55.0 40.0 to 70.0  55.0 40.0 to 70.0')
     assert pp.endswith('  6.2 0.0 to 12.5')
-    assert any('Each run is compared with the run of plain' in text for text in page.texts)
+    assert any('Each run is compared with that of plain' in text for text in page.texts)
     of_one = Page(write_report([folder], tmp_path / 'of one', 'plain@1'))
     assert ['R net' in row for row in of_one.row('model')] == [True, False]  # of the models, not over the runs
 
@@ -177,7 +177,7 @@ def test_command(tmp_path, capsys):
     assert 'Baseline: pp' in (folder / 'report' / 'report.html').read_text()
     assert read_protocol(folder)['models'].keys() == {'plain <1>', 'pp'}
     assert main(['report', str(folder / 'summary.csv')]) == 0
-    assert capsys.readouterr().out.strip() == str(folder / 'report' / 'report.html')
+    assert capsys.readouterr().out.strip() == str(folder / 'summary_report' / 'report.html')
     for arguments, message in [
         (['report', str(tmp_path)], 'holds no results'),
         (['report', str(folder), '--baseline', 'x'], "got 'x'"),

@@ -90,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     report = commands.add_parser('report', help='a page with tables and pictures from results of robustness')
     report.add_argument('results', nargs='+', metavar='RESULTS', help='results folder; or one summary.csv')
-    report.add_argument('--output', metavar='FOLDER', help='where the page goes; by default report beside summary.csv')
+    report.add_argument(
+        '--output', metavar='FOLDER', help='where the page goes; by default FOLDER/report, or summary_report'
+    )
     report.add_argument('--baseline', metavar='MODEL', help=BASELINE)
     report.set_defaults(run=_report)
 
@@ -271,7 +273,7 @@ def _report(args: argparse.Namespace) -> None:
     from .report import write_report
 
     first = Path(args.results[0])
-    output = args.output or (first.parent if first.is_file() else first) / 'report'
+    output = args.output or (first.with_name(f'{first.stem}_report') if first.is_file() else first / 'report')
     print(write_report(args.results, output, args.baseline))
 
 

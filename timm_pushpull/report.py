@@ -229,7 +229,7 @@ def _summary_section(path: Path, output: Path, baseline: str | None) -> str:
     rows = read_summary(path)
     if baseline is not None and baseline != rows[0]['baseline']:
         rows = compare(rows, baseline)
-    words = f'From {path.name}; how its figures were measured is told by the results that it was made from.'
+    words = f'From {path.name}. How it was measured is in protocol.json of the results folder it comes from.'
     return '\n'.join([f'<p>{html.escape(words)}</p>', *_tables_and_pictures(rows, {}, output, '')])
 
 
@@ -264,7 +264,7 @@ def _tables_and_pictures(
     return [
         '<h2>Measures</h2>',
         _table(rows),
-        *(['<h2>Over training runs</h2>', _runs_table(over_runs, rows[0]['baseline'])] if over_runs else []),
+        *(['<h2>Over training runs</h2>', _runs_table(over_runs, rows)] if over_runs else []),
         '<h2>Where the errors are</h2>',
         *figures,
         _corruption_table(rows),
@@ -345,19 +345,21 @@ def _mean_error_of(row: Mapping[str, Any], corruptions: Sequence[str]) -> float 
     return '' if '' in errors else float(np.mean(errors))
 
 
-def _runs_table(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
+def _runs_table(over_runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
     measures = ['E', 'plain_mCE', 'alexnet_normalized_mCE', *KINDS]
     # Ratios to one run would tell that run's luck.
-    by_run = any(row['model'] == baseline and row['runs'] > 1 for row in rows)
-    measures = [name for name in (*measures, *(COMPARISONS if by_run else ())) if any(row[name] != '' for row in rows)]
+    if _row_of_baseline(rows) is None:
+        measures += COMPARISONS
+    measures = [name for name in measures if any(row[name] != '' for row in over_runs)]
     head = ''.join(f'<th>{name.replace("_", " ")}</th>' for name in measures)
     lines = [f'<tr><th>model</th><th>runs</th>{head}</tr>']
-    for row in rows:
+    for row in over_runs:
         cells = ''.join(f'<td>{_with_interval(row, name)}</td>' for name in measures)
         lines.append(f'<tr><td>{html.escape(row["model"])}</td><td>{row["runs"]}</td>{cells}</tr>')
     note = 'Mean of the runs, and the smallest and the largest; of a kind of corruption, the mean CE.'
-    if by_run:
-        note += f' Each run is compared with the run of {html.escape(baseline)} that has its name.'
+    if 'R_net' in measures:
+        baseline = html.escape(rows[0]['baseline'])
+        note += f' Each run is compared with that of {baseline} with the same ending after the @.'
     return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
 
 
@@ -365,8 +367,12 @@ def _with_interval(row: Mapping[str, Any], measure: str) -> str:
     if row.get(measure, '') == '':
         return '–'
     value, low, high = (row[f'{measure}{end}'] for end in ('', '_low', '_high'))
-    interval = '' if '' in (low, high) else f'{low:.1f} to {high:.1f}'
-    return f'{value:.1f}<small>{interval}</small>'
+    interval = '' if '' in (low, high) else f'{_tenths(low)} to {_tenths(high)}'
+    return f'{_tenths(value)}<small>{interval}</small>'
+
+
+def _tenths(number: float) -> str:
+    return f'{round(number, 1) + 0.0:.1f}'  # -0.0 is 0.0
 
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -432,7 +432,7 @@ def _interval(resampled: np.ndarray) -> np.ndarray:
 
 def _rounded(number: float | None) -> float | str:
     """To a thousandth; '' where there is no finite number."""
-    return '' if number is None or not np.isfinite(number) else round(float(number), 3) + 0.0  # -0.0 is 0.0
+    return '' if number is None or not np.isfinite(number) else round(float(number), 3)
 
 
 class _Rates(NamedTuple):
