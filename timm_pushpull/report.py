@@ -301,11 +301,6 @@ def _in_words(protocol: Mapping[str, Any]) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     means = [mean for mean in MEANS if any(row[mean] != '' for row in rows)]
-    head = ''.join(f'<th>{mean.replace("_", " ")}</th>' for mean in means)
-    lines = [f'<tr><th>model</th>{head}</tr>']
-    for row in rows:
-        cells = ''.join(f'<td>{_with_interval(row, mean)}</td>' for mean in means)
-        lines.append(f'<tr><td>{html.escape(row["model"])}</td>{cells}</tr>')
     words = ''.join(f'<dt>{mean.replace("_", " ")}</dt><dd>{html.escape(MEANS[mean])}</dd>' for mean in means)
     notes = [f'Means over severities {severities}.'] if (severities := rows[0]['severities']) else []
     if any(row['plain_mCE'] == '' for row in rows):
@@ -316,7 +311,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         notes.append(f'Baseline: {html.escape(baseline)}.')
     if unreadable := sum(row['unreadable'] for row in rows):
         notes.append(f'{unreadable} answers to pictures that could not be read are left out.')
-    return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{" ".join(notes)}</p><dl>{words}</dl>'
+    return f'{_measures_table(rows, ["model"], means)}<p>{" ".join(notes)}</p><dl>{words}</dl>'
 
 
 def _over_runs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -351,16 +346,21 @@ def _runs_table(over_runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
     if _row_of_baseline(rows) is None:
         measures += COMPARISONS
     measures = [name for name in measures if any(row[name] != '' for row in over_runs)]
-    head = ''.join(f'<th>{name.replace("_", " ")}</th>' for name in measures)
-    lines = [f'<tr><th>model</th><th>runs</th>{head}</tr>']
-    for row in over_runs:
-        cells = ''.join(f'<td>{_with_interval(row, name)}</td>' for name in measures)
-        lines.append(f'<tr><td>{html.escape(row["model"])}</td><td>{row["runs"]}</td>{cells}</tr>')
     note = 'Mean of the runs, and the smallest and the largest; of a kind of corruption, the mean CE.'
     if 'R_net' in measures:
         baseline = html.escape(rows[0]['baseline'])
         note += f' Each run is compared with that of {baseline} with the same ending after the @.'
-    return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
+    return f'{_measures_table(over_runs, ["model", "runs"], measures)}<p>{note}</p>'
+
+
+def _measures_table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], measures: Sequence[str]) -> str:
+    """A line for each row: what it is of, then the measures with their intervals."""
+    head = ''.join(f'<th>{name.replace("_", " ")}</th>' for name in (*labels, *measures))
+    lines = [f'<tr>{head}</tr>']
+    for row in rows:
+        cells = [html.escape(str(row[label])) for label in labels] + [_with_interval(row, name) for name in measures]
+        lines.append(f'<tr>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _with_interval(row: Mapping[str, Any], measure: str) -> str:
@@ -416,7 +416,7 @@ def _error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | None':
     figure = new_figure(1.2 + max(0.3, 0.07 * len(rows)) * len(names) + 0.2 * len(rows) / 2)
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        shift = 0.8 * (place - (len(rows) - 1) / 2) / max(len(rows), 2)
+        shift = 0.8 * (place - (len(rows) - 1) / 2) / len(rows)
         here = [(height + shift, name) for height, name in enumerate(names) if row.get(f'CE_{name}', '') != '']
         errors = np.array([[row[f'CE_{name}{end}'] for end in ('', '_low', '_high')] for _, name in here], float)
         heights = [height for height, _ in here]
