@@ -188,6 +188,15 @@ def test_snr_in_noise_by_hand(tmp_path, monkeypatch):
     assert silent[0, 'push']['snr_db'] == '' and silent[0.5, 'push']['snr_db'] != ''
 
 
+@pytest.mark.parametrize('weight, ending', [(1.0, ''), (0.0, ': none that is finite')])
+def test_the_legend_tells_what_has_no_line(weight, ending, tmp_path, monkeypatch):
+    pictures = []
+    monkeypatch.setattr(figures, '_to_png', lambda figure: pictures.append(figure) or b'')
+    draw_figures(unit([[[[weight]]]], alpha=0.0), tmp_path)
+    legend = pictures[1].axes[-1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [f'{name}{ending}' for name in figures.RESPONSES]
+
+
 def test_the_filter_shown_tells_the_edge_from_even_light(tmp_path, monkeypatch):
     bar = torch.tensor([-1.25, -1.25, 1, 1, 1, 1, 1, -1.25, -1.25]).expand(9, 9)
     noisy = torch.ones(9, 9)

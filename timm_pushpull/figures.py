@@ -312,7 +312,8 @@ def _edge(weight: Tensor, alpha: Tensor, dilation: tuple[int, int], avg_pool_siz
     for name in RESPONSES:
         values = [snr[noise_std, name] for noise_std in NOISE_STDS]
         heights = [value if value is not None and math.isfinite(value) else math.nan for value in values]
-        axis.plot(NOISE_STDS, heights, label=name, **LINES[name])
+        label = f'{name}: none that is finite' if all(map(math.isnan, heights)) else name
+        axis.plot(NOISE_STDS, heights, label=label, **LINES[name])
     axis.set(
         xlim=(-0.05, 1.05), xlabel="noise std (the edge's height is 1)", ylabel=f'SNR over {NOISE_DRAWS} draws (dB)'
     )
