@@ -221,7 +221,7 @@ def _robustness(args: argparse.Namespace) -> None:
 
     from .measures import TEST_CORRUPTIONS
     from .pictures import find_class_map, open_stored
-    from .results import other_views
+    from .results import not_compared, other_views
     from .robustness import evaluate_robustness
 
     if not args.data_dir and not args.dataset and not args.stored:
@@ -265,6 +265,8 @@ def _robustness(args: argparse.Namespace) -> None:
         if views := other_views(rows):
             print(views)
             print('To compare them alike: --input-size, --crop-pct, --interpolation.')
+        if alone := not_compared(rows):
+            print(alone)
         print(f'95% intervals, and how it was measured: summary.csv and protocol.json in {args.output}.')
         print(f'As a page: timm-pushpull report {args.output}')
 

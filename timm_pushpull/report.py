@@ -25,6 +25,7 @@ from .results import (
     check_baseline,
     compare,
     differences,
+    not_compared,
     other_views,
     places_read,
     read_answers,
@@ -237,20 +238,16 @@ def _tables_and_pictures(
     rows: Sequence[Mapping[str, Any]], of_answers: Mapping[str, 'Figure | None'], output: Path, prefix: str
 ) -> list[str]:
     over_runs = _over_runs(rows)
+    shown = over_runs or rows  # every single run would be a crowd, and is in the tables
     pictures = {
-        'runs_mce_against_clean_error': _mce_against_clean_error(over_runs),
-        'runs': _error_by_corruption(over_runs),
-        'error_by_corruption': _error_by_corruption(rows),
-        'mce_against_clean_error': _mce_against_clean_error(rows),
+        'mce_against_clean_error': _mce_against_clean_error(shown),
+        'error_by_corruption': _error_by_corruption(shown),
         **of_answers,
     }
-    spread = 'with 95% intervals'
-    over = 'mean of the training runs, and their range'
+    spread = 'mean of the training runs, and their range' if over_runs else 'with 95% intervals'
     captions = {
-        'runs_mce_against_clean_error': f'Plain mCE against the clean error: {over}; {_lower_left(over_runs)}',
-        'runs': f'Top-1 error by corruption, mean over the severities: {over}.',
+        'mce_against_clean_error': f'Plain mCE against the clean error, {spread}; {_lower_left(shown)}',
         'error_by_corruption': f'Top-1 error by corruption, mean over the severities, {spread}.',
-        'mce_against_clean_error': f'Plain mCE against the clean error, {spread}; {_lower_left(rows)}',
         'error_by_severity': 'Top-1 error by severity, mean over the corruptions of a kind; 0 is clean.',
     }
     figures = []
@@ -308,7 +305,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     if views := other_views(rows):
         notes.append(f'<b>{html.escape(views)}</b>')
     if baseline := next((row['baseline'] for row in rows if row['baseline']), ''):
-        notes.append(f'Baseline: {html.escape(baseline)}.')
+        notes.append(f'Baseline: {html.escape(baseline)}. {html.escape(not_compared(rows))}'.rstrip())
     if unreadable := sum(row['unreadable'] for row in rows):
         notes.append(f'{unreadable} answers to pictures that could not be read are left out.')
     return f'{_measures_table(rows, ["model"], means)}<p>{" ".join(notes)}</p><dl>{words}</dl>'

@@ -46,6 +46,7 @@ __all__ = [
     'compare',
     'differences',
     'join_protocol',
+    'not_compared',
     'other_views',
     'places_read',
     'read_answers',
@@ -158,8 +159,12 @@ def baseline_of(model: str, baseline: str | None, models: Collection[str]) -> st
     """
     if baseline is None or baseline in models:
         return baseline
-    of_same_run = baseline + model.removeprefix(without_run(model))
-    return of_same_run if of_same_run in models else None
+    same_run = _same_run(baseline, model)
+    return same_run if same_run in models else None
+
+
+def _same_run(of: str, model: str) -> str:
+    return of + model.removeprefix(without_run(model))
 
 
 def differences(there: Any, here: Any, field: str = '') -> Iterable[tuple[str, Any, Any]]:
@@ -411,6 +416,22 @@ def other_views(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     ways = {f'{row["img_size"]} pixels, crop {row["crop_pct"]}, {row["interpolation"]}' for row in rows}
     return f'The models do not see the same: {"; ".join(sorted(ways))}.' if len(ways) > 1 else ''
+
+
+def not_compared(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Tell which models have no run of the baseline to be compared with.
+
+    Args:
+        rows: What :func:`summarize` returns.
+
+    Returns:
+        Their names, each with that of the run it lacks, or ''.
+    """
+    models = [row['model'] for row in rows]
+    baseline = rows[0]['baseline'] if rows else ''
+    alone = [model for model in models if baseline and not baseline_of(model, baseline, models)]
+    lacks = ', '.join(f'{model} (no {_same_run(baseline, model)})' for model in alone)
+    return f'Not compared: {lacks}.' if lacks else ''
 
 
 def places_read(answers: np.ndarray) -> np.ndarray:
