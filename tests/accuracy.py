@@ -43,14 +43,16 @@ def draw(geometry, window, offset, images, memory_format):
     return x, weight, torch.rand(out_chans) * 2 - 0.5, gradient
 
 
-def differentiate(implementation, x, weight, alpha, gradient, geometry, window, autocast=None, needs_input=True):
+def differentiate(
+    implementation, x, weight, alpha, gradient, geometry, window, autocast=None, needs_input=True, **settings
+):
     """The output, and the gradients of weight, alpha and, where it is needed, the input."""
     *_, stride, padding, dilation, groups, _ = GEOMETRIES[geometry]
     inputs = [tensor.detach().clone().requires_grad_() for tensor in (weight, alpha)]
     x = x.detach().clone().requires_grad_(needs_input)
     with torch.autocast('cpu', autocast, enabled=autocast is not None):
         output = push_pull_conv2d(
-            x, *inputs, None, stride, padding, dilation, groups, window, implementation=implementation
+            x, *inputs, None, stride, padding, dilation, groups, window, implementation=implementation, **settings
         )
     return output, *torch.autograd.grad(output, [*inputs, x][: 2 + needs_input], gradient.to(output.dtype))
 

@@ -24,9 +24,10 @@ def test_first_convolution_is_replaced_and_keeps_its_weights(name):
     path = model.pretrained_cfg['first_conv']
     plain = model.get_submodule(path)
     others = {id(p) for p in model.parameters()}
-    assert convert_to_push_pull(model, avg_pool_size=5, alpha=0.0) is model
+    assert convert_to_push_pull(model, avg_pool_size=5, alpha=0.0, pull_kernel='negated') is model
     layer = model.get_submodule(path)
-    assert isinstance(layer, PushPullConv2d) and layer.avg_pool_size == 5 and not layer.training
+    assert isinstance(layer, PushPullConv2d) and (layer.avg_pool_size, layer.pull_kernel) == (5, 'negated')
+    assert not layer.training
     assert {id(p) for p in model.parameters()} - others == {id(layer.alpha)}
     x = torch.randn(2, 3, 64, 64)
     # With alpha 0 what is left is the rectified convolution, its bias added after.

@@ -95,6 +95,20 @@ def test_kernels_are_those_of_the_widest_range_and_pull_inverts_them(drawn):
             assert values['pull'][place] == pytest.approx(middle - value, abs=1e-5)
 
 
+def test_a_negated_pull_kernel_by_hand(tmp_path, monkeypatch):
+    layer = unit([[[[2.0, 0.0, -1.0]]]], alpha=1.0, pull_kernel='negated', avg_pool_size=0)
+    rows = edge_rows(layer, tmp_path, monkeypatch)
+    pull = [float(row['value']) for row in read(tmp_path, 'kernels') if row['kernel'] == 'pull']
+    assert pull == [-2, 0, 1]
+    # From one pixel before the bar to one after it P is -1, -1, 1, 1, 1, 2, 2; 59 columns are not of the bar.
+    for response, edge, background in (('push', 1, 2 / 59), ('pull', 1 / 5, 1 / 59)):
+        row = rows[0, response]
+        assert float(row['edge_amplitude']) == pytest.approx(edge)
+        assert float(row['background_amplitude']) == pytest.approx(background, rel=1e-5)
+    at_0 = [float(row['magnitude']) for row in read(tmp_path, 'spectra') if float(row['frequency']) == 0]
+    assert at_0[:2] == [1, 1]  # of W and of -W; that of max + min - W is 2
+
+
 def test_alpha_of_each_channel(drawn):
     _, folder, _ = drawn
     assert [float(row['alpha']) for row in read(folder, 'alpha')] == [-0.5, 0, 0.5, 1, 1.5, 2, 2.5, 3]

@@ -74,6 +74,25 @@ def test_hand_worked_average_before_rectification():
     torch.testing.assert_close(output, torch.tensor([[[[3.0, -1.0]]]]))
 
 
+def test_hand_worked_negated_pull_kernel():
+    x = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
+    weight = torch.tensor([[[[2.0, 0.0], [0.0, -1.0]]]])
+    # P = [[-3, -2], [0, 1]] and Q = -P, of mean 1 in each window
+    output = push_pull_conv2d(x, weight, 0.5, avg_pool_size=3, pull_kernel='negated')
+    torch.testing.assert_close(output, torch.tensor([[[[-0.5, -0.5], [-0.5, 0.5]]]]))
+    output = push_pull_conv2d(x, weight, 0.5, avg_pool_size=0, pull_kernel='negated')
+    torch.testing.assert_close(output, torch.tensor([[[[-1.5, -1.0], [0.0, 1.0]]]]))
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'fast'])
+def test_negated_without_averaging_at_alpha_1_it_is_the_convolution(implementation):
+    x, weight, bias = torch.randn(2, 4, 11, 9) + 1, torch.randn(6, 2, 3, 5), torch.randn(6)
+    geometry = dict(stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2)
+    settings = dict(avg_pool_size=0, pull_kernel='negated', implementation=implementation)
+    output = push_pull_conv2d(x, weight, 1.0, bias, **geometry, **settings)
+    torch.testing.assert_close(output, F.conv2d(x, weight, bias, **geometry))
+
+
 @pytest.mark.parametrize('case', GOLDEN_CASES)
 def test_published_outputs_and_gradients(case, shared):
     with safe_open(shared / 'reference' / 'push_pull_conv_golden.safetensors', 'pt') as file:
@@ -136,7 +155,8 @@ def test_padding_modes(padding, padding_mode):
 
 @pytest.mark.parametrize('avg_pool_size', [0, 3])
 @pytest.mark.parametrize('ties', [False, True])
-def test_gradients(avg_pool_size, ties):
+@pytest.mark.parametrize('pull_kernel', ['inverted', 'negated'])
+def test_gradients(avg_pool_size, ties, pull_kernel):
     torch.manual_seed(0)
     x = torch.randn(2, 2, 6, 5, dtype=torch.float64)
     weight = torch.randn(3, 2, 3, 3, dtype=torch.float64)
@@ -148,7 +168,8 @@ def test_gradients(avg_pool_size, ties):
         tensor.requires_grad_()
 
     def unit(x, weight, alpha, bias):
-        return push_pull_conv2d(x, weight, alpha, bias, stride=(2, 1), padding=1, avg_pool_size=avg_pool_size)
+        settings = dict(avg_pool_size=avg_pool_size, pull_kernel=pull_kernel)
+        return push_pull_conv2d(x, weight, alpha, bias, stride=(2, 1), padding=1, **settings)
 
     assert torch.autograd.gradcheck(unit, inputs)
 
@@ -199,6 +220,7 @@ def test_half_precision(dtype, autocast, avg_pool_size, offset):
         (dict(alpha=[0.5] * 4, trainable_alpha=False), 'alpha must be one number, got'),
         (dict(alpha=float('nan')), 'alpha must be finite, got nan'),
         (dict(alpha=float('inf'), trainable_alpha=False), 'alpha must be finite, got inf'),
+        (dict(pull_kernel='mirrored'), "pull_kernel must be 'inverted' or 'negated', got 'mirrored'"),
         (dict(trainable_alpha=False), 'trainable_alpha=False needs a number for alpha'),
     ],
 )
@@ -234,7 +256,12 @@ def layer_and_input(**settings):
     return layer, torch.randn(2, 3, 13, 12)
 
 
-SETTINGS = [dict(), dict(alpha=2.0, trainable_alpha=False, bias=False, avg_pool_size=0), dict(padding_mode='reflect')]
+SETTINGS = [
+    dict(),
+    dict(alpha=2.0, trainable_alpha=False, bias=False, avg_pool_size=0),
+    dict(padding_mode='reflect'),
+    dict(pull_kernel='negated'),
+]
 
 
 @pytest.mark.parametrize('settings', SETTINGS)

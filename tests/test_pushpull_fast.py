@@ -40,6 +40,14 @@ def test_as_accurate_as_the_reference(dtype, autocast, geometry, offset, window,
     errors.check(floor={torch.float64: 1e-12, torch.float32: FLOOR[offset]}.get(autocast or dtype, 0))
 
 
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_negated_pull_kernel(geometry):
+    drawn = [tensor.double() for tensor in draw(geometry, 3, 0, 3, torch.contiguous_format)]
+    ways = ('fast', 'reference')
+    ours, theirs = (differentiate(way, *drawn, geometry, 3, pull_kernel='negated') for way in ways)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_empty_and_single():
     layer = PushPullConv2d(3, 8, 3, implementation='fast')
     assert layer(torch.randn(0, 3, 9, 9)).shape == (0, 8, 7, 7)

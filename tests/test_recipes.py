@@ -1,4 +1,5 @@
 import argparse
+import re
 import shlex
 
 import pytest
@@ -22,7 +23,7 @@ SMALL = {
     for unit in ('pp3', 'pp5', 'baseline')
     for addition in ('', 'augmix_', 'prime_', 'blurpool_')
     if (unit, addition) != ('pp5', 'blurpool_')
-}
+} | {'pp_resnet18.pp3_negated_r64_imagenette'}
 RECIPES = list(list_recipes())
 FAITHFUL = [name for name in RECIPES if '_e100_' not in name and name not in SMALL]
 
@@ -53,12 +54,13 @@ def test_every_family_is_there():
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_recipe_is_what_its_name_says(name):
     architecture, tag = name.split('.')
-    unit, *augmentation, data = tag.replace('_e100', '').replace('_r64', '').replace('_blurpool', '').split('_')
+    unit, *augmentation, data = re.sub('_(e100|r64|blurpool|negated)', '', tag).split('_')
     recipe = read_recipe(name)
     assert (recipe['model'], recipe['experiment'], recipe['num_classes']) == (architecture, name, CLASSES[data])
     assert recipe['model_kwargs'].get('augment') == ('prime' if augmentation == ['prime'] else None)
     assert recipe.get('aa') == {'aa': 'original', 'augmix': 'augmix-m3-w3'}.get(*augmentation or ['none'])
     assert recipe['model_kwargs'].get('aa_layer') == ('blur' if 'blurpool' in tag else None)
+    assert recipe['model_kwargs'].get('pull_kernel') == ('negated' if 'negated' in tag else None)
     if unit == 'baseline':
         assert recipe['model_kwargs']['push_pull'] is False
     else:

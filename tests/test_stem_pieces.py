@@ -21,7 +21,9 @@ def pieces(monkeypatch):
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
-@pytest.mark.parametrize('settings', [{}, {'stem_type': 'cifar'}, {'avg_pool_size': 0}], ids=str)
+@pytest.mark.parametrize(
+    'settings', [{}, {'stem_type': 'cifar'}, {'avg_pool_size': 0}, {'pull_kernel': 'negated'}], ids=str
+)
 def test_the_same_features(settings, memory_format, pieces):
     model = timm.create_model('pp_resnet18', num_classes=10, **settings).to(memory_format=memory_format)
     x = torch.randn(3, 3, 66, 50).to(memory_format=memory_format)

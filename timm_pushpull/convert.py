@@ -18,6 +18,7 @@ def convert_to_push_pull(
     avg_pool_size: int = 3,
     alpha: float | Sequence[float] | Tensor | None = None,
     trainable_alpha: bool = True,
+    pull_kernel: str = 'inverted',
 ) -> ModelT:
     """Replace the first convolution of a timm model by a push-pull unit that keeps its weights.
 
@@ -30,6 +31,7 @@ def convert_to_push_pull(
             averaging.
         alpha: Inhibition strength; with ``trainable_alpha`` its initial value, None for uniform on [0, 1).
         trainable_alpha: Train one alpha for each output channel; False keeps the given number.
+        pull_kernel: 'inverted', the paper's, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
 
     Returns:
         The model.
@@ -53,7 +55,7 @@ def convert_to_push_pull(
             raise ValueError(f'{name} cannot be converted: it has no module {path!r}.') from None
         if type(conv) is not nn.Conv2d:
             raise ValueError(f'{name} cannot be converted: {path} is a {type(conv).__name__}, not an nn.Conv2d.')
-        layers[path] = PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha)
+        layers[path] = PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
     for path, layer in layers.items():
         model.set_submodule(path, layer)
     return model

@@ -60,7 +60,7 @@ def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0
     The files are ``kernels``, ``edge``, ``spectra`` and ``alpha``, each as ``.png`` and as ``.csv``.
 
     - ``kernels``: the five filters whose values spread widest (max - min over the whole filter), of each the channel
-      that spreads widest, in the grey scale from the filter's least value to its greatest. The table holds all the
+      that spreads widest, in the grey scale from the kernel's least value to its greatest. The table holds all the
       channels.
     - ``edge``: the :func:`edge_responses` of one filter. The picture is 64 pixels wide and high, 0 with a bar of 1, 5
       pixels wide, the same in every channel; to each pixel and channel Gaussian noise is added, and not clipped. A_s is
@@ -89,12 +89,13 @@ def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0
     """
     path, layer = _first_unit(model)
     weight = layer.weight.detach().float().cpu()
+    pull = pull_kernels(weight, layer.pull_kernel)
     alpha = torch.as_tensor(layer.alpha).detach().float().cpu().expand(layer.out_channels)
     dilation = (int(layer.dilation[0]), int(layer.dilation[1]))
     figures = {
-        'kernels': _kernels(weight),
-        'edge': _edge(weight, alpha, dilation, layer.avg_pool_size, seed),
-        'spectra': _spectra(weight, dilation),
+        'kernels': _kernels(weight, pull),
+        'edge': _edge(weight, alpha, dilation, layer.avg_pool_size, layer.pull_kernel, seed),
+        'spectra': _spectra(weight, pull, dilation),
         'alpha': _alpha(alpha, f'{path}.alpha'.lstrip('.'), layer.trainable_alpha),
     }
     written = []
@@ -126,6 +127,7 @@ def edge_responses(
     alpha: float | Tensor,
     dilation: tuple[int, int] = (1, 1),
     avg_pool_size: int = 3,
+    pull_kernel: str = 'inverted',
 ) -> dict[str, Tensor]:
     """Rectified responses to pictures at stride 1, of the pictures' size.
 
@@ -139,6 +141,7 @@ def edge_responses(
         alpha: Inhibition strength, one number or one for each filter (O,).
         dilation: Spacing between kernel elements, down and across, in pixels.
         avg_pool_size: Side of the window that averages the pull response, in pixels; 0 for no averaging.
+        pull_kernel: As for :func:`~timm_pushpull.push_pull_conv2d`.
 
     Returns:
         ``push``, ``pull`` and ``push-pull``, each (N, O, H, W). Within half a kernel and half a window
@@ -148,7 +151,9 @@ def edge_responses(
     padded = F.pad(pictures, (across // 2, across - across // 2, down // 2, down - down // 2))
 
     def respond(strength: float | Tensor) -> Tensor:
-        return push_pull_conv2d(padded, weight, strength, dilation=dilation, avg_pool_size=avg_pool_size)
+        return push_pull_conv2d(
+            padded, weight, strength, dilation=dilation, avg_pool_size=avg_pool_size, pull_kernel=pull_kernel
+        )
 
     push = respond(0.0)
     # The unit gives relu(P) - alpha * relu(Q) only; at alpha 1 the pull response is what it lacks of relu(P).
@@ -224,10 +229,10 @@ def _first_unit(model: nn.Module) -> tuple[str, PushPullConv2d]:
     )
 
 
-def _kernels(weight: Tensor) -> _Drawn:
+def _kernels(weight: Tensor, pull: Tensor) -> _Drawn:
     spread = weight.amax((1, 2, 3)) - weight.amin((1, 2, 3))
     filters = spread.sort(descending=True, stable=True).indices[:KERNELS].tolist()
-    kernels = {'push': weight, 'pull': pull_kernels(weight)}
+    kernels = {'push': weight, 'pull': pull}
     channels = (weight.amax((2, 3)) - weight.amin((2, 3))).argmax(1).tolist()
 
     figure = new_figure(3.1)
@@ -239,7 +244,7 @@ def _kernels(weight: Tensor) -> _Drawn:
                 axis.set_axis_off()
                 continue
             number = filters[column]
-            low, high = weight[number].min().item(), weight[number].max().item()
+            low, high = values[number].min().item(), values[number].max().item()
             axis.imshow(values[number, channels[number]].numpy(), cmap='gray', vmin=low, vmax=high)
             if column == 0:
                 axis.set_ylabel(name)
@@ -247,7 +252,7 @@ def _kernels(weight: Tensor) -> _Drawn:
                 axis.set_title(f'filter {number}\nchannel {channels[number]}')
             else:
                 axis.set_xlabel(f'min {low:#.2g}\nmax {high:#.2g}')
-    figure.suptitle("Filters; black: the filter's min, white: its max")
+    figure.suptitle("Filters; black: the kernel's min, white: its max")
     rows = (
         (number, name, *place, value.item())
         for number in filters
@@ -262,7 +267,9 @@ def _reach(weight: Tensor, dilation: tuple[int, int], avg_pool_size: int) -> int
     return max(size * step for size, step in zip(weight.shape[2:], dilation, strict=True)) // 2 + avg_pool_size // 2
 
 
-def _edge(weight: Tensor, alpha: Tensor, dilation: tuple[int, int], avg_pool_size: int, seed: int) -> _Drawn:
+def _edge(
+    weight: Tensor, alpha: Tensor, dilation: tuple[int, int], avg_pool_size: int, pull_kernel: str, seed: int
+) -> _Drawn:
     # The picture is wider than what is measured and shown, as zeros around a picture make an edge of their own.
     margin = _reach(weight, dilation, avg_pool_size)
     size = PICTURE_SIZE + 2 * margin
@@ -290,7 +297,7 @@ def _edge(weight: Tensor, alpha: Tensor, dilation: tuple[int, int], avg_pool_siz
     kernel, strength = weight[number : number + 1], alpha[number : number + 1]
     for noise_std in NOISE_STDS:
         pictures = clean + noise_std * noise
-        maps = edge_responses(pictures, kernel, strength, dilation, avg_pool_size)
+        maps = edge_responses(pictures, kernel, strength, dilation, avg_pool_size, pull_kernel)
         for name in RESPONSES:
             response = inner(maps[name])
             amplitudes = [response[..., place].mean().item() for place in (inner_on_edge, ~inner_on_edge)]
@@ -331,10 +338,9 @@ def _decibels(snr: float | None) -> str:
     return f'{snr:.1f} dB' if math.isfinite(snr) else f'{"−" if snr < 0 else ""}∞ dB'
 
 
-def _spectra(weight: Tensor, dilation: tuple[int, int]) -> _Drawn:
+def _spectra(weight: Tensor, pull: Tensor, dilation: tuple[int, int]) -> _Drawn:
     from matplotlib.colors import LogNorm
 
-    pull = pull_kernels(weight)
     spectra: dict[tuple[str, Any, Any], np.ndarray] = {
         ('push', '', ''): combined_spectrum(weight, pull, 0.0, 0, dilation),
         ('pull', '', ''): combined_spectrum(pull, weight, 0.0, 0, dilation),

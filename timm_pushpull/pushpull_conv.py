@@ -33,15 +33,23 @@ def _check_avg_pool_size(avg_pool_size: int) -> None:
         raise ValueError(f'avg_pool_size must be 0 or a positive odd integer, got {avg_pool_size}.')
 
 
-def pull_kernels(weight: Tensor) -> Tensor:
+def _check_pull_kernel(pull_kernel: str) -> None:
+    if pull_kernel not in ('inverted', 'negated'):
+        raise ValueError(f"pull_kernel must be 'inverted' or 'negated', got '{pull_kernel}'.")
+
+
+def pull_kernels(weight: Tensor, pull_kernel: str = 'inverted') -> Tensor:
     r"""Pull kernels :math:`K_o = \max(W_o) + \min(W_o) - W_o`: the same range of values, the contrast inverted.
 
     Args:
         weight: Push kernels (O, C / groups, kh, kw).
+        pull_kernel: ``'inverted'`` for these, ``'negated'`` for :math:`K_o = -W_o`.
 
     Returns:
         Pull kernels, of the same shape and data type.
     """
+    if pull_kernel == 'negated':
+        return -weight
     # In half precision max + min would be rounded once for the whole kernel, an error that adds up over the window.
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return (wide.amax((1, 2, 3), keepdim=True) + wide.amin((1, 2, 3), keepdim=True) - wide).to(weight.dtype)
@@ -58,6 +66,7 @@ def push_pull_conv2d(
     dilation: BroadcastingList2[int] = 1,
     groups: int = 1,
     avg_pool_size: int = 3,
+    pull_kernel: str = 'inverted',
     implementation: str = 'auto',
 ) -> Tensor:
     r"""Convolution inhibited by the response of its contrast-inverted kernel.
@@ -85,6 +94,8 @@ def push_pull_conv2d(
         groups: Number of blocked connections from input channels to output channels.
         avg_pool_size: Side of the window that averages the pull response, an odd number of output pixels; 0 for no
             averaging.
+        pull_kernel: ``'inverted'`` for K as above, the paper's; ``'negated'`` for :math:`K_o = -W_o`, which at alpha 1
+            and without averaging gives the plain convolution.
         implementation: ``'reference'`` is the equation as it stands here, ``'fast'`` that of
             :mod:`timm_pushpull.pushpull_fast`, and ``'auto'`` the fast one where it serves.
 
@@ -93,9 +104,10 @@ def push_pull_conv2d(
 
     Raises:
         ValueError: If the window is even or negative, if alpha is neither one number nor one for each channel, or if
-            there is no such implementation.
+            there is no such pull kernel or implementation.
     """
     _check_avg_pool_size(avg_pool_size)
+    _check_pull_kernel(pull_kernel)
     if isinstance(alpha, Tensor):
         if alpha.dim() > 1 or (alpha.dim() == 1 and alpha.shape[0] != weight.shape[0]):
             raise ValueError(
@@ -105,13 +117,12 @@ def push_pull_conv2d(
 
     if not torch.jit.is_scripting():
         if is_fast(implementation, input, weight):
-            response = fast_push_pull_conv2d(
-                input, weight, alpha, _pair(stride), _pair(padding), _pair(dilation), groups, avg_pool_size
-            )
+            settings = *map(_pair, (stride, padding, dilation)), groups, avg_pool_size, pull_kernel == 'negated'
+            response = fast_push_pull_conv2d(input, weight, alpha, *settings)
             return response if bias is None else (response + bias.view(-1, 1, 1)).to(response.dtype)
 
     push = F.conv2d(input, weight, None, stride, padding, dilation, groups)
-    pull = F.conv2d(input, pull_kernels(weight), None, stride, padding, dilation, groups)
+    pull = F.conv2d(input, pull_kernels(weight, pull_kernel), None, stride, padding, dilation, groups)
     if avg_pool_size > 0:
         pull = F.avg_pool2d(pull, avg_pool_size, 1, avg_pool_size // 2, count_include_pad=False)
     if isinstance(alpha, Tensor):
@@ -147,6 +158,7 @@ class PushPullConv2d(nn.Conv2d):
             between output channels (O,), and None draws it uniformly from [0, 1).
         trainable_alpha: Make alpha a parameter of shape (O,); otherwise it stays the given number, outside the
             state dict.
+        pull_kernel: As for the function.
         device: Device of the parameters.
         dtype: Data type of the parameters.
         implementation: As for the function.
@@ -156,7 +168,7 @@ class PushPullConv2d(nn.Conv2d):
 
     Raises:
         ValueError: If the window is even or negative, if alpha is not finite or of the wrong shape, if it is neither
-            trainable nor given, or if a setting is of another type.
+            trainable nor given, if there is no such pull kernel, or if a setting is of another type.
     """
 
     def __init__(
@@ -173,6 +185,7 @@ class PushPullConv2d(nn.Conv2d):
         avg_pool_size: int = 3,
         alpha: float | Sequence[float] | Tensor | None = None,
         trainable_alpha: bool = True,
+        pull_kernel: str = 'inverted',
         device: Any = None,
         dtype: torch.dtype | None = None,
         implementation: str = 'auto',
@@ -192,6 +205,8 @@ class PushPullConv2d(nn.Conv2d):
         )
         _check_avg_pool_size(avg_pool_size)
         self.avg_pool_size = avg_pool_size
+        _check_pull_kernel(pull_kernel)
+        self.pull_kernel = pull_kernel
         self.implementation = implementation
         if not isinstance(trainable_alpha, bool):
             raise ValueError(f'trainable_alpha must be True or False, got {trainable_alpha!r}.')
@@ -215,6 +230,7 @@ class PushPullConv2d(nn.Conv2d):
         avg_pool_size: int = 3,
         alpha: float | Sequence[float] | Tensor | None = None,
         trainable_alpha: bool = True,
+        pull_kernel: str = 'inverted',
     ) -> 'PushPullConv2d':
         """Build the push-pull layer of the geometry of ``conv`` that takes over its weight and bias.
 
@@ -223,6 +239,7 @@ class PushPullConv2d(nn.Conv2d):
             avg_pool_size: As for the class.
             alpha: As for the class.
             trainable_alpha: As for the class.
+            pull_kernel: As for the class.
 
         Returns:
             The layer, sharing ``conv.weight`` and ``conv.bias``.
@@ -243,6 +260,7 @@ class PushPullConv2d(nn.Conv2d):
             avg_pool_size=avg_pool_size,
             alpha=alpha,
             trainable_alpha=trainable_alpha,
+            pull_kernel=pull_kernel,
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
@@ -280,6 +298,7 @@ class PushPullConv2d(nn.Conv2d):
             self.dilation,  # type: ignore[arg-type]
             self.groups,
             self.avg_pool_size,
+            self.pull_kernel,
             self.implementation,
         )
 
@@ -292,12 +311,14 @@ class PushPullConv2d(nn.Conv2d):
         Returns:
             As :func:`timm_pushpull.pushpull_fast.operands`.
         """
-        geometry = *map(_pair, (self.stride, self._conv_padding, self.dilation)), self.groups, self.avg_pool_size
-        return operands(self._padded(input), self.weight, self.alpha, *geometry)
+        geometry = *map(_pair, (self.stride, self._conv_padding, self.dilation)), self.groups
+        settings = *geometry, self.avg_pool_size, self.pull_kernel == 'negated'
+        return operands(self._padded(input), self.weight, self.alpha, *settings)
 
     def extra_repr(self) -> str:
         alpha = 'trainable' if self.trainable_alpha else self.alpha
-        return f'{super().extra_repr()}, avg_pool_size={self.avg_pool_size}, alpha={alpha}'
+        pull_kernel = '' if self.pull_kernel == 'inverted' else f', pull_kernel={self.pull_kernel}'
+        return f'{super().extra_repr()}, avg_pool_size={self.avg_pool_size}, alpha={alpha}{pull_kernel}'
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight, alpha = prefix + 'weight', prefix + 'alpha'

@@ -1,8 +1,8 @@
 """Push-pull convolution with one convolution instead of two, on pieces of the batch that stay in the processor's cache.
 
-With :math:`c_o = \\max(W_o) + \\min(W_o)` the pull kernel is :math:`K_o = c_o - W_o`, so the pull response needs no
-convolution of its own. Both follow from the sum of the input under the kernel, :math:`S`, one channel for each group,
-and from the response of the push kernel less a number :math:`m`, :math:`\\tilde P = x * (W - m)`:
+With :math:`c_o = \\max(W_o) + \\min(W_o)`, or 0 for the negated pull kernel, :math:`K_o = c_o - W_o`: the pull response
+needs no convolution of its own. Both follow from the sum of the input under the kernel, :math:`S`, one channel for each
+group, and from the response of the push kernel less a number :math:`m`, :math:`\\tilde P = x * (W - m)`:
 
 .. math::
     P = \\tilde P + m S, \\qquad Q = (c - m) \\operatorname{avg}(S) - \\operatorname{avg}(\\tilde P)
@@ -86,6 +86,7 @@ def fast_push_pull_conv2d(
     dilation: Sequence[int],
     groups: int,
     avg_pool_size: int,
+    negated: bool = False,
 ) -> Tensor:
     """Compute :func:`timm_pushpull.push_pull_conv2d` without bias, for what :func:`is_fast` admits.
 
@@ -98,13 +99,14 @@ def fast_push_pull_conv2d(
         dilation: Of rows and columns.
         groups: Number of blocked connections.
         avg_pool_size: Side of the averaging window, odd, or 0.
+        negated: Whether the pull kernel is -W: c is 0.
 
     Returns:
         Response (N, O, H', W').
     """
     if torch.compiler.is_compiling():  # as the compiler lays out the maps of plain convolutions
         input = input.contiguous(memory_format=torch.channels_last)
-    return _push_pull(*operands(input, weight, alpha, stride, padding, dilation, groups, avg_pool_size))
+    return _push_pull(*operands(input, weight, alpha, stride, padding, dilation, groups, avg_pool_size, negated))
 
 
 def operands(
@@ -116,6 +118,7 @@ def operands(
     dilation: Sequence[int],
     groups: int,
     avg_pool_size: int,
+    negated: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int], torch.dtype]:
     """Prepare what the operator takes.
 
@@ -128,15 +131,16 @@ def operands(
         dilation: Of rows and columns.
         groups: Number of blocked connections.
         avg_pool_size: Side of the averaging window.
+        negated: Whether the pull kernel is -W.
 
     Returns:
-        Input, push kernels, their maximum and minimum added, alpha of each channel, geometry, precision of the result.
+        Input, push kernels, c, alpha of each channel, geometry, precision of the result.
     """
     device = input.device.type
     autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
     wide = weight.double()  # an error in c would count once for each value of the input
-    c = wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
+    c = wide.new_zeros(len(wide)) if negated else wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64)
     alpha = alpha.to(weight.device, _computing_dtype(weight)).expand(weight.shape[0])
     return input, weight, c, alpha, [*stride, *padding, *dilation, groups, max(avg_pool_size, 1)], dtype

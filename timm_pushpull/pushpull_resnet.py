@@ -42,6 +42,7 @@ class PushPullResNet(ResNet):
             output; 0 for no averaging.
         alpha: Inhibition strength; with ``trainable_alpha`` its initial value, None for uniform on [0, 1).
         trainable_alpha: Train one alpha for each output channel of the stem; False keeps the given number.
+        pull_kernel: 'inverted', the paper's, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
         stem_type: As timm's ``ResNet`` ('', 'deep', 'deep_tiered'), or 'cifar' for images of about 32x32: 3x3,
             stride 1, no max-pool, so that every feature map is four times as large on a side as that of ``''``.
         output_stride: Stride of the last feature map: 32, 16 or 8, with the 'cifar' stem 8, 4 or 2.
@@ -64,6 +65,7 @@ class PushPullResNet(ResNet):
         avg_pool_size: int = 3,
         alpha: float | Sequence[float] | None = None,
         trainable_alpha: bool = True,
+        pull_kernel: str = 'inverted',
         stem_type: str = '',
         output_stride: int = 32,
         augment: str | None = None,
@@ -87,7 +89,8 @@ class PushPullResNet(ResNet):
         if push_pull:
             name = 'conv1.0' if isinstance(self.conv1, nn.Sequential) else 'conv1'  # deep stem or a single convolution
             conv: Any = self.get_submodule(name)
-            self.set_submodule(name, PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha))
+            unit = PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
+            self.set_submodule(name, unit)
 
         if augment == 'prime':
             augment_in_training(self, PRIME.cifar() if cifar else PRIME.imagenet())
