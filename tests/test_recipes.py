@@ -23,7 +23,7 @@ SMALL = {
     for unit in ('pp3', 'pp5', 'baseline')
     for addition in ('', 'augmix_', 'prime_', 'blurpool_')
     if (unit, addition) != ('pp5', 'blurpool_')
-} | {'pp_resnet18.pp3_negated_r64_imagenette'}
+} | {f'pp_resnet18.pp3_negated_{addition}r64_imagenette' for addition in ('', 'prime_')}
 RECIPES = list(list_recipes())
 FAITHFUL = [name for name in RECIPES if '_e100_' not in name and name not in SMALL]
 
