@@ -117,7 +117,7 @@ def push_pull_conv2d(
 
     if not torch.jit.is_scripting():
         if is_fast(implementation, input, weight):
-            settings = *map(_pair, (stride, padding, dilation)), groups, avg_pool_size, pull_kernel == 'negated'
+            settings = *map(_pair, (stride, padding, dilation)), groups, avg_pool_size, pull_kernel
             response = fast_push_pull_conv2d(input, weight, alpha, *settings)
             return response if bias is None else (response + bias.view(-1, 1, 1)).to(response.dtype)
 
@@ -312,7 +312,7 @@ class PushPullConv2d(nn.Conv2d):
             As :func:`timm_pushpull.pushpull_fast.operands`.
         """
         geometry = *map(_pair, (self.stride, self._conv_padding, self.dilation)), self.groups
-        settings = *geometry, self.avg_pool_size, self.pull_kernel == 'negated'
+        settings = *geometry, self.avg_pool_size, self.pull_kernel
         return operands(self._padded(input), self.weight, self.alpha, *settings)
 
     def extra_repr(self) -> str:

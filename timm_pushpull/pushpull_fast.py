@@ -86,7 +86,7 @@ def fast_push_pull_conv2d(
     dilation: Sequence[int],
     groups: int,
     avg_pool_size: int,
-    negated: bool = False,
+    pull_kernel: str,
 ) -> Tensor:
     """Compute :func:`timm_pushpull.push_pull_conv2d` without bias, for what :func:`is_fast` admits.
 
@@ -99,14 +99,14 @@ def fast_push_pull_conv2d(
         dilation: Of rows and columns.
         groups: Number of blocked connections.
         avg_pool_size: Side of the averaging window, odd, or 0.
-        negated: Whether the pull kernel is -W: c is 0.
+        pull_kernel: ``'inverted'``, or ``'negated'``, for which c is 0.
 
     Returns:
         Response (N, O, H', W').
     """
     if torch.compiler.is_compiling():  # as the compiler lays out the maps of plain convolutions
         input = input.contiguous(memory_format=torch.channels_last)
-    return _push_pull(*operands(input, weight, alpha, stride, padding, dilation, groups, avg_pool_size, negated))
+    return _push_pull(*operands(input, weight, alpha, stride, padding, dilation, groups, avg_pool_size, pull_kernel))
 
 
 def operands(
@@ -118,7 +118,7 @@ def operands(
     dilation: Sequence[int],
     groups: int,
     avg_pool_size: int,
-    negated: bool = False,
+    pull_kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int], torch.dtype]:
     """Prepare what the operator takes.
 
@@ -131,7 +131,7 @@ def operands(
         dilation: Of rows and columns.
         groups: Number of blocked connections.
         avg_pool_size: Side of the averaging window.
-        negated: Whether the pull kernel is -W.
+        pull_kernel: ``'inverted'`` or ``'negated'``.
 
     Returns:
         Input, push kernels, c, alpha of each channel, geometry, precision of the result.
@@ -140,7 +140,7 @@ def operands(
     autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
     wide = weight.double()  # an error in c would count once for each value of the input
-    c = wide.new_zeros(len(wide)) if negated else wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
+    c = wide.new_zeros(len(wide)) if pull_kernel == 'negated' else wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64)
     alpha = alpha.to(weight.device, _computing_dtype(weight)).expand(weight.shape[0])
     return input, weight, c, alpha, [*stride, *padding, *dilation, groups, max(avg_pool_size, 1)], dtype
