@@ -94,6 +94,18 @@ def test_features_only(name, out_indices):
     assert len(features) == len(out_indices or range(5))
 
 
+@pytest.mark.parametrize('feature_cls', ['dict', 'hook', 'fx'])
+def test_every_feature_extractor_of_timm(feature_cls):
+    x, found = torch.randn(1, 3, 64, 64), []
+    for cls in ({}, {'feature_cls': feature_cls}):
+        torch.manual_seed(0)
+        model = timm.create_model('pp_resnet18', features_only=True, **cls).eval()
+        features = model(x)
+        found.append(features.values() if isinstance(features, dict) else features)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     'name, output_stride, reductions',
     [

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +28,7 @@ def runs_in_pieces(stem: Sequence[nn.Module], x: Tensor) -> bool:
         True in inference on a CPU, for a push-pull convolution, BatchNorm by running statistics, ReLU and max-pool or
         none, where nobody looks in between and the convolution's response would not stay in the cache.
     """
-    if x.device.type != 'cpu' or torch.is_grad_enabled():
+    if isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or torch.is_grad_enabled():
         return False
     conv, norm, act, pool = stem
     if not (isinstance(conv, PushPullConv2d) and type(norm) is nn.BatchNorm2d and norm.affine and type(act) is nn.ReLU):
