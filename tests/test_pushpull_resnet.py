@@ -67,6 +67,8 @@ def test_settings_travel_as_model_arguments():
         timm.create_model('pp_resnet18', avg_pool_size=4)
     with pytest.raises(ValueError, match="push_pull must be True or False, got 'no'"):
         timm.create_model('pp_resnet18', push_pull='no')
+    with pytest.raises(ValueError, match="contrast_norm must be True or False, got 'no'"):
+        timm.create_model('pp_resnet18', contrast_norm='no')
 
 
 @pytest.mark.parametrize('name', CIFAR)
@@ -94,12 +96,13 @@ def test_features_only(name, out_indices):
     assert len(features) == len(out_indices or range(5))
 
 
+@pytest.mark.parametrize('settings', [{}, {'contrast_norm': True}], ids=str)
 @pytest.mark.parametrize('feature_cls', ['dict', 'hook', 'fx'])
-def test_every_feature_extractor_of_timm(feature_cls):
+def test_every_feature_extractor_of_timm(feature_cls, settings):
     x, found = torch.randn(1, 3, 64, 64), []
     for cls in ({}, {'feature_cls': feature_cls}):
         torch.manual_seed(0)
-        model = timm.create_model('pp_resnet18', features_only=True, **cls).eval()
+        model = timm.create_model('pp_resnet18', features_only=True, **cls, **settings).eval()
         features = model(x)
         found.append(features.values() if isinstance(features, dict) else features)
     for ours, theirs in zip(*found, strict=True):
@@ -188,6 +191,7 @@ def test_alpha_is_not_decayed():
         ('pp_resnet18', dict(avg_pool_size=5, alpha=0.5, trainable_alpha=False, num_classes=3)),
         ('pp_resnet18_cifar', dict(avg_pool_size=0, in_chans=1)),
         ('pp_resnet18', dict(push_pull=False)),
+        ('pp_resnet18', dict(contrast_norm=True)),
     ],
 )
 def test_saved_and_reloaded_from_a_folder(name, settings, tmp_path):

@@ -20,10 +20,16 @@ PAPER = {
 CLASSES = {'in1k': 1000, 'in100': 100, 'in200': 200, 'c10': 10, 'imagenette': 10}
 SMALL = {
     f'pp_resnet18.{unit}_{addition}r64_imagenette'
-    for unit in ('pp3', 'pp5', 'baseline')
-    for addition in ('', 'augmix_', 'prime_', 'blurpool_')
-    if (unit, addition) != ('pp5', 'blurpool_')
-} | {f'pp_resnet18.pp3_negated_{addition}r64_imagenette' for addition in ('', 'prime_')}
+    for addition, units in {
+        '': ('baseline', 'pp3', 'pp5', 'pp3_negated'),
+        'contrastnorm_': ('baseline', 'pp3_negated'),
+        'blurpool_': ('baseline', 'pp3'),
+        'augmix_': ('baseline', 'pp3', 'pp5'),
+        'prime_': ('baseline', 'pp3', 'pp5', 'pp3_negated'),
+        'prime_contrastnorm_': ('baseline',),
+    }.items()
+    for unit in units
+}
 RECIPES = list(list_recipes())
 FAITHFUL = [name for name in RECIPES if '_e100_' not in name and name not in SMALL]
 
@@ -54,13 +60,14 @@ def test_every_family_is_there():
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_recipe_is_what_its_name_says(name):
     architecture, tag = name.split('.')
-    unit, *augmentation, data = re.sub('_(e100|r64|blurpool|negated)', '', tag).split('_')
+    unit, *augmentation, data = re.sub('_(e100|r64|blurpool|negated|contrastnorm)', '', tag).split('_')
     recipe = read_recipe(name)
     assert (recipe['model'], recipe['experiment'], recipe['num_classes']) == (architecture, name, CLASSES[data])
     assert recipe['model_kwargs'].get('augment') == ('prime' if augmentation == ['prime'] else None)
     assert recipe.get('aa') == {'aa': 'original', 'augmix': 'augmix-m3-w3'}.get(*augmentation or ['none'])
     assert recipe['model_kwargs'].get('aa_layer') == ('blur' if 'blurpool' in tag else None)
     assert recipe['model_kwargs'].get('pull_kernel') == ('negated' if 'negated' in tag else None)
+    assert recipe['model_kwargs'].get('contrast_norm') == (True if 'contrastnorm' in tag else None)
     if unit == 'baseline':
         assert recipe['model_kwargs']['push_pull'] is False
     else:

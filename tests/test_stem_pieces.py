@@ -22,7 +22,9 @@ def pieces(monkeypatch):
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
 @pytest.mark.parametrize(
-    'settings', [{}, {'stem_type': 'cifar'}, {'avg_pool_size': 0}, {'pull_kernel': 'negated'}], ids=str
+    'settings',
+    [{}, {'stem_type': 'cifar'}, {'avg_pool_size': 0}, {'pull_kernel': 'negated'}, {'contrast_norm': True}],
+    ids=str,
 )
 def test_the_same_features(settings, memory_format, pieces):
     model = timm.create_model('pp_resnet18', num_classes=10, **settings).to(memory_format=memory_format)
@@ -55,6 +57,10 @@ def test_where_it_would_be_noticed_it_is_not_in_pieces(pieces):
         hook = model.bn1.register_forward_hook(lambda module, inputs, output: seen.append(output))
         model(x)
         assert [len(output) for output in seen] == [3]
+        hook.remove()
+        hook = model.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(*inputs))
+        model(x)
+        assert [len(output) for output in seen] == [3, 3]
         hook.remove()
         timm.create_model('pp_resnet18', norm_layer=torch.nn.InstanceNorm2d).eval()(x)
         for settings in ({'replace_stem_pool': True}, {'aa_layer': 'blur'}, {'act_layer': 'silu'}):

@@ -56,6 +56,7 @@ def convert_to_push_pull(
         if type(conv) is not nn.Conv2d:
             raise ValueError(f'{name} cannot be converted: {path} is a {type(conv).__name__}, not an nn.Conv2d.')
         layers[path] = PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
+        layers[path]._forward_pre_hooks.update(conv._forward_pre_hooks)  # such as contrast_norm's
     for path, layer in layers.items():
         model.set_submodule(path, layer)
     return model

@@ -20,6 +20,7 @@ from timm.models import (
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .augment import augment_in_training
+from .contrast_norm import add_contrast_norm
 from .hub import fetch_weights, hub_configs, read_hub_models
 from .prime import PRIME
 from .published import allow_paths_in_checkpoints, rename_published
@@ -47,6 +48,8 @@ class PushPullResNet(ResNet):
             stride 1, no max-pool, so that every feature map is four times as large on a side as that of ``''``.
         output_stride: Stride of the last feature map: 32, 16 or 8, with the 'cifar' stem 8, 4 or 2.
         aa_layer: Anti-aliasing, as timm's ``ResNet``, or by a name: 'blur' or 'avg'.
+        contrast_norm: Subtract each image's mean and divide by its standard deviation, over pixels and channels, before
+            the stem, see :func:`~timm_pushpull.contrast_norm.normalize_contrast`.
         augment: 'prime' augments each batch by :class:`~timm_pushpull.PRIME` in training mode, with its settings for
             32x32 under the 'cifar' stem and those for ImageNet otherwise; None for no augmentation.
         **kwargs: As timm's ``ResNet``.
@@ -68,11 +71,14 @@ class PushPullResNet(ResNet):
         pull_kernel: str = 'inverted',
         stem_type: str = '',
         output_stride: int = 32,
+        contrast_norm: bool = False,
         augment: str | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(push_pull, bool):
             raise ValueError(f'push_pull must be True or False, got {push_pull!r}.')
+        if not isinstance(contrast_norm, bool):
+            raise ValueError(f'contrast_norm must be True or False, got {contrast_norm!r}.')
         if augment not in (None, 'prime'):
             raise ValueError(f"augment must be 'prime' or None, got {augment!r}.")
         if isinstance(kwargs.get('aa_layer'), str):
@@ -91,7 +97,9 @@ class PushPullResNet(ResNet):
             conv: Any = self.get_submodule(name)
             unit = PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
             self.set_submodule(name, unit)
-
+        self.contrast_norm = contrast_norm
+        if contrast_norm:
+            add_contrast_norm(self.conv1)
         if augment == 'prime':
             augment_in_training(self, PRIME.cifar() if cifar else PRIME.imagenet())
 
@@ -114,6 +122,9 @@ class PushPullResNet(ResNet):
         for stage in self.feature_info:
             info: dict[str, Any] = stage
             info['reduction'] //= 2 if info['module'] == 'act1' else 4
+
+    def extra_repr(self) -> str:
+        return 'contrast_norm=True' if self.contrast_norm else ''
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
         """Apply what comes before the first stage; in inference on a CPU in pieces of the batch."""

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .contrast_norm import normalize_contrast
 from .pushpull_conv import PushPullConv2d
 from .pushpull_fast import CHUNK_BYTES, SHARED, Pieces, is_fast
 from .pushpull_native import memory_format_of
@@ -39,7 +40,9 @@ def runs_in_pieces(stem: Sequence[nn.Module], x: Tensor) -> bool:
         numbers = pool.kernel_size, pool.stride, pool.padding
         if pool.ceil_mode or pool.return_indices or pool.dilation != 1 or not all(isinstance(n, int) for n in numbers):
             return False
-    if any(module.training or module._forward_hooks or module._forward_pre_hooks for module in stem):
+    if any(module.training or module._forward_hooks for module in stem):
+        return False
+    if any(hook is not normalize_contrast for module in stem for hook in module._forward_pre_hooks.values()):
         return False
     values = conv.out_channels * x.shape[2] * x.shape[3] // math.prod(conv.stride)
     return is_fast(conv.implementation, x, conv.weight) and 4 * len(x) * values > CHUNK_BYTES
@@ -56,6 +59,8 @@ def stem_in_pieces(stem: Sequence[nn.Module], x: Tensor) -> Tensor:
         What the stem gives for them, in their memory format.
     """
     conv, norm, _, pool = stem
+    if conv._forward_pre_hooks:
+        (x,) = normalize_contrast(conv, (x,))
     *tensors, geometry, dtype = conv.operands(x)  # type: ignore[operator]
     scale, shift = _as_scale_and_shift(norm, conv.bias)  # type: ignore[arg-type]
     sizes = [pool.kernel_size, pool.stride, pool.padding] if isinstance(pool, nn.MaxPool2d) else [1, 1, 0]

@@ -1,0 +1,65 @@
+"""Global contrast normalization: the same answer however a picture is lit, on every way through the network."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+from timm_pushpull import convert_to_push_pull
+from timm_pushpull.contrast_norm import normalize_contrast
+
+
+def pairs(**settings):
+    """A network with the normalization, the same without it, pictures, and the pictures normalized in float64."""
+    model = timm.create_model('pp_resnet18', num_classes=5, contrast_norm=True, **settings).eval()
+    plain = timm.create_model('pp_resnet18', num_classes=5, **settings).eval()
+    plain.load_state_dict(model.state_dict())
+    x = torch.rand(3, 3, 64, 48) * torch.tensor([0.3, 1.0, 3.0]).view(-1, 1, 1, 1) - 0.5
+    double = x.double()
+    mean, variance = double.mean((1, 2, 3), keepdim=True), double.var((1, 2, 3), correction=0, keepdim=True)
+    return model, plain, x, ((double - mean) / (variance + 1e-5).sqrt()).float()
+
+
+@pytest.mark.parametrize('settings', [{}, {'push_pull': False}, {'stem_type': 'deep'}, {'stem_type': 'cifar'}], ids=str)
+def test_the_network_sees_normalized_pictures(settings):
+    model, plain, x, normalized = pairs(**settings)
+    expected = plain(normalized)
+    assert not torch.allclose(plain(x), expected, rtol=1e-2)
+    for network in (model, copy.deepcopy(model), torch.jit.script(model), torch.compile(model, backend='eager')):
+        torch.testing.assert_close(network(x), expected, rtol=1e-3, atol=1e-4)
+    channels_last = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(channels_last, expected, rtol=1e-3, atol=1e-4)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_features_are_of_normalized_pictures():
+    model, plain, x, normalized = pairs()
+    wrapped = timm.create_model('pp_resnet18', contrast_norm=True, features_only=True).eval()
+    wrapped.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('fc.')})
+    expected = plain.forward_intermediates(normalized, intermediates_only=True)
+    for features in (wrapped(x), model.forward_intermediates(x, intermediates_only=True)):
+        for ours, theirs in zip(features, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_it_is_light_and_contrast_alone_that_is_lost():
+    model, _, x, _ = pairs()
+    torch.testing.assert_close(model(0.5 * x - 0.2), model(x), rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(model(-x), model(x), rtol=1e-2)
+    x[0] = 0.3  # a picture of one colour
+    assert normalize_contrast(model, (x,))[0][0].abs().max() == 0
+    assert model(x).isfinite().all()
+
+
+def test_checkpoints_are_those_of_the_network_without_it():
+    model, plain, _, _ = pairs()
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_it_stays_when_the_convolution_is_replaced():
+    model, plain, x, normalized = pairs(push_pull=False)
+    for network in (model, plain):
+        convert_to_push_pull(network, alpha=0.5)
+    torch.testing.assert_close(model(x), plain(normalized), rtol=1e-3, atol=1e-4)
