@@ -48,7 +48,7 @@ def test_it_is_light_and_contrast_alone_that_is_lost():
     model, _, x, _ = pairs()
     torch.testing.assert_close(model(0.5 * x - 0.2), model(x), rtol=1e-2, atol=1e-2)
     assert not torch.allclose(model(-x), model(x), rtol=1e-2)
-    x[0] = 0.3  # a picture of one colour
+    x[0] = 0.3  # a grey picture, without any contrast
     assert normalize_contrast(model, (x,))[0][0].abs().max() == 0
     assert model(x).isfinite().all()
 

@@ -15,7 +15,7 @@ def normalize_contrast(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]
         inputs: Images (N, C, H, W) alone.
 
     Returns:
-        Images of that shape, alone; one of a single value becomes 0.
+        Images of that shape, alone; one whose values are all equal becomes 0.
     """
     return (F.group_norm(inputs[0], 1),)
 
