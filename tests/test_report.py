@@ -124,15 +124,27 @@ def test_training_runs_are_compared_with_those_of_the_baseline(tmp_path):
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     page = Page(write_report([folder], tmp_path / 'page'))
     # R_net: 100 * ((50 - 40) + (20 - 30)) / (2 * 20) and 100 * ((60 - 70) + (40 - 20)) / (2 * 40)
-    (head,) = (row for row in page.row('model') if 'model  runs  ' in row)
-    (pp,) = page.row('pp')
+    _, head, head_of_differences = page.row('model')
+    pp, differences = page.row('pp')
     assert head.split() == 'model runs E plain mCE noise blur weather digital relative mCE R net'.split()
     assert pp.startswith('pp  2  25.0 20.0 to 30.0  55.0 40.0 to 70.0  55.0 40.0 to 70.0')
     assert pp.endswith('  6.2 0.0 to 12.5')
     assert any('Each run is compared with that of plain' in text for text in page.texts)
+    # E 30 less 20 and 20 less 40, plain mCE and kinds 40 less 50 and 70 less 60.
+    assert head_of_differences.split() == 'model runs E plain mCE noise blur weather digital'.split()
+    assert differences == 'pp  1, 2  -5.0 -20.0 to 10.0' + '  0.0 -10.0 to 10.0' * 5
+    assert len(page.row('plain')) == 1
     assert not any('Not compared' in text for text in page.texts)
     of_one = Page(write_report([folder], tmp_path / 'of one', 'plain@1'))
     assert ['R net' in row for row in of_one.row('model')] == [True, False]  # of the models, not over the runs
+
+
+def test_runs_without_one_of_the_baseline_are_left_out_of_the_differences(tmp_path):
+    errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@2': (2, 7), 'pp@3': (9, 9), 'alone': (9, 9)}
+    folder = write_finished(tmp_path / 'results', errors, baseline='plain')
+    page = Page(write_report([folder], tmp_path / 'page'))
+    assert page.row('pp')[1] == 'pp  2  -20.0 -20.0 to -20.0' + '  10.0 10.0 to 10.0' * 5
+    assert len(page.row('alone')) == 2  # itself, and over its one run
 
 
 def test_a_summary_has_the_tables_and_the_pictures_of_its_figures(tmp_path):

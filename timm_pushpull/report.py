@@ -50,6 +50,7 @@ KINDS = {
     'digital': TEST_CORRUPTIONS[11:],
     'held out': HELD_OUT_CORRUPTIONS,
 }
+RUN_MEASURES = ('E', 'plain_mCE', 'alexnet_normalized_mCE', *KINDS)
 MARKERS = 'osD^vPX<'  # one more than there are colours: the eighth model differs from the first
 ZERO_LINE = 'R_net = 0'
 MEANS = {
@@ -237,7 +238,9 @@ def _summary_section(path: Path, output: Path, baseline: str | None) -> str:
 def _tables_and_pictures(
     rows: Sequence[Mapping[str, Any]], of_answers: Mapping[str, 'Figure | None'], output: Path, prefix: str
 ) -> list[str]:
-    over_runs = _over_runs(rows)
+    has_runs = len({without_run(row['model']) for row in rows}) < len(rows)
+    over_runs = _over_runs(rows) if has_runs else []
+    over_differences = _over_runs(_less_baseline(rows)) if has_runs else []
     shown = over_runs or rows  # every single run would be a crowd, and is in the tables
     pictures = {
         'mce_against_clean_error': _mce_against_clean_error(shown),
@@ -262,6 +265,7 @@ def _tables_and_pictures(
         '<h2>Measures</h2>',
         _table(rows),
         *(['<h2>Over training runs</h2>', _runs_table(over_runs, rows)] if over_runs else []),
+        *(['<h2>Less the baseline</h2>', _differences_table(over_differences)] if over_differences else []),
         '<h2>Where the errors are</h2>',
         *figures,
         _corruption_table(rows),
@@ -297,7 +301,7 @@ def _in_words(protocol: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    means = [mean for mean in MEANS if any(row[mean] != '' for row in rows)]
+    means = _known(rows, MEANS)
     words = ''.join(f'<dt>{mean.replace("_", " ")}</dt><dd>{html.escape(MEANS[mean])}</dd>' for mean in means)
     notes = [f'Means over severities {severities}.'] if (severities := rows[0]['severities']) else []
     if any(row['plain_mCE'] == '' for row in rows):
@@ -312,17 +316,16 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _over_runs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each model, if one has several training runs: the mean of each figure, its ends the range."""
+    """A row for each model: over its training runs the mean of each figure, its ends the range."""
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         runs.setdefault(without_run(row['model']), []).append(row)
-    if len(runs) == len(rows):
-        return []
     measured = dict.fromkeys(name for row in rows for name in row if f'{name}_low' in row)
     found = []
     for model, of_model in runs.items():
         baseline = without_run(of_model[0]['baseline'])
         figures: dict[str, Any] = {'model': model, 'runs': len(of_model), 'baseline': baseline}
+        figures['endings'] = ', '.join(row['model'].removeprefix(f'{model}@') for row in of_model)
         values = {name: [row.get(name, '') for row in of_model] for name in measured}
         values |= {kind: [_mean_error_of(row, names) for row in of_model] for kind, names in KINDS.items()}
         for name, of_runs in values.items():
@@ -332,22 +335,51 @@ def _over_runs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def _less_baseline(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each training run that the baseline has too: its errors less those of the baseline's run."""
+    models = {row['model']: row for row in rows}
+    found = []
+    for row in rows:
+        name = baseline_of(row['model'], row['baseline'] or None, models)
+        if name in (None, row['baseline'], row['model']):  # one run of the baseline would tell that run's luck
+            continue
+        difference = {'model': row['model'], 'baseline': row['baseline']}
+        for measure in row:
+            if f'{measure}_low' in row and measure not in COMPARISONS:
+                pair = row[measure], models[name].get(measure, '')
+                difference[measure] = '' if '' in pair else pair[0] - pair[1]
+                difference |= dict.fromkeys((f'{measure}_low', f'{measure}_high'), '')
+        found.append(difference)
+    return found
+
+
 def _mean_error_of(row: Mapping[str, Any], corruptions: Sequence[str]) -> float | str:
     errors = [row.get(f'CE_{name}', '') for name in corruptions]
     return '' if '' in errors else float(np.mean(errors))
 
 
 def _runs_table(over_runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
-    measures = ['E', 'plain_mCE', 'alexnet_normalized_mCE', *KINDS]
     # Ratios to one run would tell that run's luck.
-    if _row_of_baseline(rows) is None:
-        measures += COMPARISONS
-    measures = [name for name in measures if any(row[name] != '' for row in over_runs)]
+    measures = _known(over_runs, RUN_MEASURES + (COMPARISONS if _row_of_baseline(rows) is None else ()))
     note = 'Mean of the runs, and the smallest and the largest; of a kind of corruption, the mean CE.'
     if 'R_net' in measures:
         baseline = html.escape(rows[0]['baseline'])
         note += f' Each run is compared with that of {baseline} with the same ending after the @.'
     return f'{_measures_table(over_runs, ["model", "runs"], measures)}<p>{note}</p>'
+
+
+def _differences_table(over_differences: Sequence[Mapping[str, Any]]) -> str:
+    rows = [{**row, 'runs': row['endings']} for row in over_differences]
+    baseline = html.escape(rows[0]['baseline'])
+    note = (
+        f'Points that each run named has more than that of {baseline} with the same ending after the @: the mean, the '
+        'smallest and the largest.'
+    )
+    return f'{_measures_table(rows, ["model", "runs"], _known(rows, RUN_MEASURES))}<p>{note}</p>'
+
+
+def _known(rows: Sequence[Mapping[str, Any]], measures: Iterable[str]) -> list[str]:
+    return [name for name in measures if any(row[name] != '' for row in rows)]
 
 
 def _measures_table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], measures: Sequence[str]) -> str:
