@@ -22,11 +22,12 @@ SMALL = {
     f'pp_resnet18.{unit}_{addition}r64_imagenette'
     for addition, units in {
         '': ('baseline', 'pp3', 'pp5', 'pp3_negated'),
-        'contrastnorm_': ('baseline', 'pp3_negated'),
+        'contrastnorm_': ('baseline', 'pp3', 'pp3_negated'),
         'blurpool_': ('baseline', 'pp3'),
-        'augmix_': ('baseline', 'pp3', 'pp5'),
+        'augmix_': ('baseline', 'pp3', 'pp5', 'pp3_negated'),
+        'augmix_contrastnorm_': ('baseline', 'pp3_negated'),
         'prime_': ('baseline', 'pp3', 'pp5', 'pp3_negated'),
-        'prime_contrastnorm_': ('baseline',),
+        'prime_contrastnorm_': ('baseline', 'pp3_negated'),
     }.items()
     for unit in units
 }
