@@ -25,7 +25,7 @@ SMALL = {
         'contrastnorm_': ('baseline', 'pp3', 'pp3_negated'),
         'blurpool_': ('baseline', 'pp3'),
         'augmix_': ('baseline', 'pp3', 'pp5', 'pp3_negated'),
-        'augmix_contrastnorm_': ('baseline', 'pp3_negated'),
+        'augmix_contrastnorm_': ('baseline',),
         'prime_': ('baseline', 'pp3', 'pp5', 'pp3_negated'),
         'prime_contrastnorm_': ('baseline', 'pp3_negated'),
     }.items()
