@@ -510,7 +510,7 @@ def _mce_against_clean_error(rows: Sequence[Mapping[str, Any]]) -> 'Figure | Non
     rows = [row for row in rows if row['E'] != '' and row['plain_mCE'] != '']
     if not rows:
         return None
-    figure = new_figure(4.2)
+    figure = new_figure(max(4.2, 3 + 0.1 * len(rows)))  # room for the legend
     axes = figure.subplots()
     for place, row in enumerate(rows):
         (x, *xs), (y, *ys) = ([row[f'{name}{end}'] for end in ('', '_low', '_high')] for name in ('E', 'plain_mCE'))
