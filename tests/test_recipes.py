@@ -30,7 +30,7 @@ SMALL = {
         'prime_contrastnorm_': ('baseline', 'pp3_negated'),
     }.items()
     for unit in units
-}
+} | {f'pp_resnet50.{unit}_r64_imagenette' for unit in ('baseline', 'pp3')}
 RECIPES = list(list_recipes())
 FAITHFUL = [name for name in RECIPES if '_e100_' not in name and name not in SMALL]
 
