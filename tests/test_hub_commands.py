@@ -255,6 +255,7 @@ def test_a_known_tag_is_of_its_own_network(run, tmp_path, capsys):
 
 
 FAULTS = {
+    'no folder': (shutil.rmtree, 'is not a folder'),
     'no card': (lambda folder: (folder / CARD).unlink(), 'lacks README.md'),
     'pickle': (lambda folder: (folder / 'pytorch_model.bin').touch(), 'may hold a pickle'),
     'damaged': (

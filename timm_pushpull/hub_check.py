@@ -33,6 +33,8 @@ def check_folder(folder: str | os.PathLike[str]) -> str:
         ValueError: If anything is wrong: the file and the fault are named.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give the path of a model's, such as hub_configs/NAME.")
     published = (folder / CHECKSUM).exists()
     required = [CONFIG, RECIPE, *([CARD] if published else [])]
     for file in required:
