@@ -11,6 +11,7 @@ from timm_pushpull.results import (
     answers_path,
     compare,
     not_compared,
+    read_csv,
     read_protocol,
     read_summary,
     write_answers,
@@ -147,6 +148,38 @@ def test_what_is_no_summary_is_refused(tmp_path, content):
     (tmp_path / 'table.csv').write_bytes(content)
     with pytest.raises(ValueError, match=r'table.csv is not a summary.csv'):
         read_summary(tmp_path / 'table.csv')
+
+
+def summary_of_two(folder):
+    passes = {('clean', 0): 5} | {(name, severity): 9 for name in TEST_CORRUPTIONS for severity in FIVE}
+    write_results(folder, {'a': passes, 'b': passes})
+    write_summary(folder)
+    return folder / 'summary.csv'
+
+
+def test_a_summary_without_a_column_is_refused(tmp_path):
+    path = summary_of_two(tmp_path)
+    for column in ('E_low', 'CE_fog_high', 'R_net'):
+        rows = read_csv(path)
+        columns = [name for name in rows[0] if name != column]
+        lines = [columns, *([row[name] for name in columns] for row in rows)]
+        (tmp_path / 'less.csv').write_text('\n'.join(map(','.join, lines)))
+        with pytest.raises(ValueError, match=r'less.csv is not a summary.csv'):
+            read_summary(tmp_path / 'less.csv')
+
+
+def test_a_summary_that_names_a_model_twice_is_refused(tmp_path):
+    path = summary_of_two(tmp_path)
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1] + '\n')
+    with pytest.raises(ValueError, match='summary.csv names b twice'):
+        read_summary(path)
+
+
+def test_what_lacks_a_corruption_is_not_compared(tmp_path):
+    path = summary_of_two(tmp_path)
+    a, b = read_summary(path)
+    for rows in ([{**a, 'CE_fog': ''}, b], [{name: a[name] for name in a if 'CE_fog' not in name}, b]):
+        assert [row['R_net'] for row in compare(rows, 'b')] == ['', 0]
 
 
 def test_a_folder_without_results_is_refused(tmp_path):

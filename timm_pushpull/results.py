@@ -38,6 +38,8 @@ __all__ = [
     'ANSWER',
     'CLEAN',
     'COMPARISONS',
+    'ENDS',
+    'MEANS',
     'TOP',
     'UNREAD',
     'answers_path',
@@ -68,6 +70,8 @@ UNREAD = 255
 ANSWER = np.dtype([('answer', '<u2'), ('place', 'u1')])
 RESAMPLES = 1000
 COMPARISONS = ('relative_mCE', 'R_net')
+MEANS = ('plain_mCE', 'alexnet_normalized_mCE', *COMPARISONS)
+ENDS = ('_low', '_high')  # of an interval
 NAMES = ('model', 'interpolation', 'severities', 'baseline')  # columns of a summary that hold no number
 
 
@@ -354,14 +358,20 @@ def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         Its rows, as :func:`summarize` makes them.
 
     Raises:
-        ValueError: If the file is no such table.
+        ValueError: If the file is no such table, or if it names a model twice.
     """
     try:
         rows = [{name: _from_text(name, text) for name, text in row.items()} for row in read_csv(path)]
     except (AttributeError, ValueError, csv.Error):  # a line with another number of cells, no text, no table
         rows = []
-    if not rows or not {*NAMES, 'img_size', 'crop_pct', 'unreadable', 'E', 'plain_mCE'} <= rows[0].keys():
+    columns = rows[0].keys() if rows else ()
+    measures = ['E', *(name for name in columns if name.startswith('CE_') and not name.endswith(ENDS)), *MEANS]
+    needed = {*NAMES, 'img_size', 'crop_pct', 'unreadable', *(name + end for name in measures for end in ('', *ENDS))}
+    if not needed <= {*columns}:
         raise ValueError(f'{path} is not a summary.csv of timm-pushpull robustness.')
+    models = [row['model'] for row in rows]
+    if twice := next((model for model in models if models.count(model) > 1), None):
+        raise ValueError(f'{path} names {twice} twice: leave one of its rows out, or rename it.')
     return rows
 
 
@@ -391,8 +401,9 @@ def compare(rows: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, 
     compared = []
     for row in rows:
         of_baseline = models.get(baseline_of(row['model'], baseline, models) or '')
-        numbers: dict[str, Any] = {f'{name}{end}': '' for name in COMPARISONS for end in ('', '_low', '_high')}
-        if of_baseline and all(other[name] != '' for other in (row, of_baseline) for name in ('E', 'plain_mCE')):
+        numbers: dict[str, Any] = {f'{name}{end}': '' for name in COMPARISONS for end in ('', *ENDS)}
+        needed = ('E', *(f'CE_{name}' for name in TEST_CORRUPTIONS))
+        if of_baseline and all(other.get(name, '') != '' for other in (row, of_baseline) for name in needed):
             with np.errstate(divide='ignore', invalid='ignore'):
                 values = _comparisons(*_as_rates(row), *_as_rates(of_baseline))
             numbers |= {name: _rounded(value) for name, value in values.items()}
