@@ -68,5 +68,18 @@ def test_command_is_installed():
     assert 'demo' in result.stdout
     result = subprocess.run([command, 'convert', 'missing.ckpt', 'new'], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith('timm-pushpull: ') and result.stderr.count('\n') == 1
-    result = subprocess.run([command, 'no-such-command'], capture_output=True, text=True)
-    assert result.returncode == 2 and 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ('no-such-command', "timm-pushpull: argument COMMAND: invalid choice: 'no-such-command'"),
+        ('figures pp_resnet18 --output x --model-kwargs window', 'argument --model-kwargs: must be NAME=VALUE, got'),
+        ('robustness pp_resnet18', 'timm-pushpull robustness: the following arguments are required: --output; see'),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        main(arguments.split())
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1

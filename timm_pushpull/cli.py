@@ -9,11 +9,10 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = ['main']
 
-ENDS = ('_low', '_high')  # of an interval
 BASELINE = 'model that relative mCE and R_net compare with, or what comes before the @ of its training runs'
 
 
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from . import __version__
 
-    parser = argparse.ArgumentParser(prog='timm-pushpull', description='Push-pull networks for timm.')
+    parser = _Parser(prog='timm-pushpull', description='Push-pull networks for timm.')
     parser.add_argument('--version', action='version', version=__version__)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default={},
         action=_ParseKwargs,
         metavar='NAME=VALUE',
-        help='for models of other ones, run again with the same --output: they join',
+        help='of all models; to join models with others, run again with the same --output',
     )
     model.add_argument('--num-classes', type=int, metavar='N')
     model.add_argument('--input-size', nargs=3, type=int, metavar='N', help='e.g. 3 224 224')
@@ -185,12 +184,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+
+
 class _ParseKwargs(argparse.Action):
     """timm's own, imported only where it is used: timm takes seconds to import."""
 
     def __call__(self, *args: Any) -> None:
         from timm.utils import ParseKwargs
 
+        values: Sequence[str] = args[2]
+        if wrong := [value for value in values if '=' not in value]:
+            raise argparse.ArgumentError(self, f'must be NAME=VALUE, got {wrong[0]!r}')
         ParseKwargs(self.option_strings, self.dest)(*args)
 
 
@@ -227,12 +234,12 @@ def _robustness(args: argparse.Namespace) -> None:
     if not args.data_dir and not args.dataset and not args.stored:
         raise ValueError('robustness needs --data-dir, to generate corruptions, or --stored.')
     corruptions = args.corruptions or TEST_CORRUPTIONS
-    models = _create_models(args)
     dataset = stored = None
     if args.data_dir or args.dataset:
         dataset = _create_dataset(args)
     if args.stored:
         stored = open_stored(args.stored, corruptions, args.severities, find_class_map(args.class_map, args.stored))
+    models = _create_models(args)  # last: it may download weights
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     with _refused_by_timm(f'--device {args.device}'):
         device = init_distributed_device(args)
@@ -496,9 +503,10 @@ def _refused_by_timm(what: str) -> Iterator[None]:
 
 
 def _print_summary(rows: Sequence[dict[str, Any]]) -> None:
-    means = ['plain_mCE', 'alexnet_normalized_mCE', 'relative_mCE', 'R_net']
+    from .results import ENDS, MEANS
+
     errors = dict.fromkeys(name for row in rows for name in row if name[:3] == 'CE_' and not name.endswith(ENDS))
-    measures = [name for name in ('E', *errors, *means) if any(row.get(name, '') != '' for row in rows)]
+    measures = [name for name in ('E', *errors, *MEANS) if any(row.get(name, '') != '' for row in rows)]
     label = max(map(len, measures), default=0)
     print('\n' + ' ' * label + ''.join(f'  {row["model"]:>9}' for row in rows))
     for name in measures:
