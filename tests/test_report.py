@@ -1,6 +1,7 @@
 import base64
 import html.parser
 import io
+import json
 import re
 
 import numpy as np
@@ -130,21 +131,55 @@ def test_training_runs_are_compared_with_those_of_the_baseline(tmp_path):
     assert pp.startswith('pp  2  25.0 20.0 to 30.0  55.0 40.0 to 70.0  55.0 40.0 to 70.0')
     assert pp.endswith('  6.2 0.0 to 12.5')
     assert any('Each run is compared with that of plain' in text for text in page.texts)
-    # E 30 less 20 and 20 less 40, plain mCE and kinds 40 less 50 and 70 less 60.
-    assert head_of_differences.split() == 'model runs E plain mCE noise blur weather digital'.split()
-    assert differences == 'pp  1, 2  -5.0 -20.0 to 10.0' + '  0.0 -10.0 to 10.0' * 5
+    # E 30 and 20 less 20 and 40: -5, variances 50 and 200 of 2 runs each, so 250^2 / (50^2 + 200^2) = 1.47 degrees of
+    # freedom; the 97.5% quantile of their t is 6.19, by scipy.special.stdtrit, times sqrt(25 + 100).
+    assert head_of_differences.split() == 'model runs of baseline E plain mCE noise blur weather digital'.split()
+    assert differences.startswith('pp  2  2  -5.0 -74.2 to 64.2')
+    # Plain mCE and kinds 40 and 70 less 50 and 60: 0, variances 450 and 50, so 1.22 degrees: 8.39 times sqrt(225 + 25).
+    assert differences.endswith('  0.0 -132.7 to 132.7' * 5)
     assert len(page.row('plain')) == 1
     assert not any('Not compared' in text for text in page.texts)
     of_one = Page(write_report([folder], tmp_path / 'of one', 'plain@1'))
     assert ['R net' in row for row in of_one.row('model')] == [True, False]  # of the models, not over the runs
 
 
-def test_runs_without_one_of_the_baseline_are_left_out_of_the_differences(tmp_path):
-    errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@2': (2, 7), 'pp@3': (9, 9), 'alone': (9, 9)}
+def test_any_number_of_runs_is_compared_with_those_of_the_baseline(tmp_path):
+    errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@2': (2, 7), 'pp@3': (7, 7), 'pp@x': (9, 7), 'alone': (9, 9)}
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     page = Page(write_report([folder], tmp_path / 'page'))
-    assert page.row('pp')[1] == 'pp  2  -20.0 -20.0 to -20.0' + '  10.0 10.0 to 10.0' * 5
+    # E 20, 70, 90 less 20, 40; plain mCE 70 in each run, less 50 and 60: the t of one degree of freedom, 12.7, times 5.
+    assert page.row('pp')[1].startswith('pp  3  2  30.0 ')
+    assert page.row('pp')[1].endswith('  15.0 -48.5 to 78.5' * 5)
     assert len(page.row('alone')) == 2  # itself, and over its one run
+
+
+def test_runs_that_do_not_differ_have_a_difference_without_an_interval(tmp_path):
+    errors = {'plain@1': (2, 5), 'plain@2': (2, 5), 'pp@1': (3, 7), 'pp@2': (3, 7)}
+    page = Page(write_report([write_finished(tmp_path / 'results', errors, baseline='plain')], tmp_path / 'page'))
+    assert page.row('pp')[1].split() == ['pp', '2', '2', '10.0', *['20.0'] * 5]
+
+
+def test_equal_clean_errors_have_a_picture(tmp_path):
+    # The mean of three errors of 0.2 is above 0.2 by rounding: no bar is longer to one side than to the other by that.
+    errors = {f'pp@{run}': (1, 5) for run in (1, 2, 3)}
+    folder = write_finished(tmp_path / 'results', errors, baseline=None)
+    path = folder / 'summary.csv'
+    lines = [line.split(',') for line in path.read_text().splitlines()]
+    for line in lines[1:]:
+        for name in ('E', 'E_low', 'E_high'):
+            line[lines[0].index(name)] = '0.2'
+    path.write_text('\n'.join(map(','.join, lines)))
+    assert np.mean([0.2] * 3) > 0.2
+    write_report([path], tmp_path / 'page')
+    assert (tmp_path / 'page' / 'mce_against_clean_error.png').exists()
+
+
+def test_one_run_of_the_baseline_is_no_line_of_zero_gain(tmp_path):
+    errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@1': (3, 4), 'pp@2': (2, 7)}
+    folder = write_finished(tmp_path / 'results', errors, baseline='plain')
+    for baseline, is_drawn in (('plain', True), ('plain@1', False)):
+        page = Page(write_report([folder], tmp_path / baseline, baseline))
+        assert any('(R_net = 0); below it' in text for text in page.texts) == is_drawn
 
 
 def test_a_summary_has_the_tables_and_the_pictures_of_its_figures(tmp_path):
@@ -175,6 +210,27 @@ def test_unfinished_results_have_a_page_too(tmp_path):
     page = Page(write_report([tmp_path / 'some'], tmp_path / 'page'))
     assert any('left out where not all 15 were measured' in text for text in page.texts)
     assert page.row('fog') and not page.row('frost')
+
+
+def test_a_model_without_corruptions_beside_one_with_them(tmp_path):
+    passes = {'a': {('clean', 0): 2} | dict.fromkeys(PASSES, 5), 'b': {('clean', 0): 3}}
+    write_results(tmp_path / 'some', passes, images=10, classes=2)
+    write_pictures(tmp_path / 'some', ['0.png'] * 10, [0] * 10, ['', ''])
+    page = Page(write_report([tmp_path / 'some'], tmp_path / 'page'))
+    assert page.row('fog')[0] == 'fog  50.0 20.0 to 80.0  –' and page.row('b')[0].startswith('b  30.0')
+
+
+def test_folders_of_one_name_lose_nothing(tmp_path):
+    folders = []
+    for parent, errors in zip('abc', ((1, 4), (2, 5), (3, 6)), strict=True):
+        (tmp_path / parent).mkdir()
+        folders.append(write_finished(tmp_path / parent / 'results', {'pp': errors}, baseline=None))
+        protocol = read_protocol(folders[-1])
+        protocol['models']['pp']['weights'] = parent
+        write_whole(folders[-1] / 'protocol.json', json.dumps(protocol).encode())
+    page = Page(write_report(folders, tmp_path / 'page'))
+    names = ['pp', 'pp (results)', f'pp ({folders[2]})']
+    assert [page.row(name)[0].split('  ')[1][:4] for name in names] == ['10.0', '20.0', '30.0']
 
 
 def test_results_without_an_answer_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from .measures import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
 from .results import (
     CLEAN,
     COMPARISONS,
+    ENDS,
     UNREAD,
     baseline_of,
     check_baseline,
@@ -113,7 +115,7 @@ def write_report(
         The page, ``report.html``; it needs no other file.
 
     Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib or, for training runs, scipy is not installed.
         ValueError: If a folder holds no results, if a summary is no such table or is not alone, or if the baseline is
             not among the models.
     """
@@ -151,7 +153,8 @@ class _Part:
             raise ValueError(f'{folder} holds no results yet: run the command again that began them.')
         for name, passes in answers.items():
             details = protocol['models'][name]
-            label = name if self.protocol['models'].get(name, details) == details else f'{name} ({folder.name})'
+            labels = name, f'{name} ({folder.name})', f'{name} ({folder})'
+            label = next(label for label in labels if self.protocol['models'].get(label, details) == details)
             self.protocol['models'][label] = details
             self.answers[label] = {**self.answers.get(label, {}), **passes}
         self.baseline = self.baseline or read_baseline(folder)
@@ -240,7 +243,6 @@ def _tables_and_pictures(
 ) -> list[str]:
     has_runs = len({without_run(row['model']) for row in rows}) < len(rows)
     over_runs = _over_runs(rows) if has_runs else []
-    over_differences = _over_runs(_less_baseline(rows)) if has_runs else []
     shown = over_runs or rows  # every single run would be a crowd, and is in the tables
     pictures = {
         'mce_against_clean_error': _mce_against_clean_error(shown),
@@ -265,7 +267,7 @@ def _tables_and_pictures(
         '<h2>Measures</h2>',
         _table(rows),
         *(['<h2>Over training runs</h2>', _runs_table(over_runs, rows)] if over_runs else []),
-        *(['<h2>Less the baseline</h2>', _differences_table(over_differences)] if over_differences else []),
+        *(_differences(rows) if has_runs else []),
         '<h2>Where the errors are</h2>',
         *figures,
         _corruption_table(rows),
@@ -315,20 +317,23 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return f'{_measures_table(rows, ["model"], means)}<p>{" ".join(notes)}</p><dl>{words}</dl>'
 
 
+def _by_model(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The training runs of each model, with the mean CE of each kind of corruption."""
+    models: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of_kinds = {kind: _mean_error_of(row, names) for kind, names in KINDS.items()}
+        models.setdefault(without_run(row['model']), []).append({**row, **of_kinds})
+    return models
+
+
 def _over_runs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each model: over its training runs the mean of each figure, its ends the range."""
-    runs: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        runs.setdefault(without_run(row['model']), []).append(row)
     measured = dict.fromkeys(name for row in rows for name in row if f'{name}_low' in row)
     found = []
-    for model, of_model in runs.items():
-        baseline = without_run(of_model[0]['baseline'])
-        figures: dict[str, Any] = {'model': model, 'runs': len(of_model), 'baseline': baseline}
-        figures['endings'] = ', '.join(row['model'].removeprefix(f'{model}@') for row in of_model)
-        values = {name: [row.get(name, '') for row in of_model] for name in measured}
-        values |= {kind: [_mean_error_of(row, names) for row in of_model] for kind, names in KINDS.items()}
-        for name, of_runs in values.items():
+    for model, runs in _by_model(rows).items():
+        figures: dict[str, Any] = {'model': model, 'runs': len(runs), 'baseline': runs[0]['baseline']}
+        for name in (*measured, *KINDS):
+            of_runs = [run.get(name, '') for run in runs]
             ends = ('', '', '') if '' in of_runs else (np.mean(of_runs), min(of_runs), max(of_runs))
             figures |= dict(zip((name, f'{name}_low', f'{name}_high'), ends, strict=True))
         found.append(figures)
@@ -336,21 +341,39 @@ def _over_runs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _less_baseline(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each training run that the baseline has too: its errors less those of the baseline's run."""
-    models = {row['model']: row for row in rows}
+    """A row for each model that, as the baseline, has several training runs: its means less the baseline's.
+
+    The ends are those of Welch's 95% interval: runs of one seed have no more in common than others.
+    """
+    models = {model: runs for model, runs in _by_model(rows).items() if len(runs) > 1}
+    of_baseline = models.pop(rows[0]['baseline'], None)
+    if of_baseline is None:
+        return []
     found = []
-    for row in rows:
-        name = baseline_of(row['model'], row['baseline'] or None, models)
-        if name in (None, row['baseline'], row['model']):  # one run of the baseline would tell that run's luck
-            continue
-        difference = {'model': row['model'], 'baseline': row['baseline']}
-        for measure in row:
-            if f'{measure}_low' in row and measure not in COMPARISONS:
-                pair = row[measure], models[name].get(measure, '')
-                difference[measure] = '' if '' in pair else pair[0] - pair[1]
-                difference |= dict.fromkeys((f'{measure}_low', f'{measure}_high'), '')
+    for model, runs in models.items():
+        difference: dict[str, Any] = {'model': model, 'runs': len(runs), 'of baseline': len(of_baseline)}
+        for measure in RUN_MEASURES:
+            errors, theirs = ([run[measure] for run in side] for side in (runs, of_baseline))
+            ends = ('', '', '') if '' in errors + theirs else _difference(errors, theirs)
+            difference |= dict(zip((measure, f'{measure}_low', f'{measure}_high'), ends, strict=True))
         found.append(difference)
     return found
+
+
+def _difference(errors: Sequence[float], theirs: Sequence[float]) -> tuple[Any, Any, Any]:
+    """The difference of two means, and the ends of its interval, none where no run differs from another."""
+    try:
+        from scipy.stats import ttest_ind
+    except ModuleNotFoundError as error:
+        message = "Intervals of differences need scipy: pip install 'timm-pushpull[report]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
+
+    difference = np.mean(errors) - np.mean(theirs)
+    if len(set(errors)) == len(set(theirs)) == 1:
+        return difference, '', ''
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)  # of runs that are equal on one side
+        return difference, *ttest_ind(errors, theirs, equal_var=False).confidence_interval()
 
 
 def _mean_error_of(row: Mapping[str, Any], corruptions: Sequence[str]) -> float | str:
@@ -368,14 +391,17 @@ def _runs_table(over_runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
     return f'{_measures_table(over_runs, ["model", "runs"], measures)}<p>{note}</p>'
 
 
-def _differences_table(over_differences: Sequence[Mapping[str, Any]]) -> str:
-    rows = [{**row, 'runs': row['endings']} for row in over_differences]
-    baseline = html.escape(rows[0]['baseline'])
+def _differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    differences = _less_baseline(rows)
+    if not differences:
+        return []
     note = (
-        f'Points that each run named has more than that of {baseline} with the same ending after the @: the mean, the '
-        'smallest and the largest.'
+        f"Points that the mean over a model's training runs is above that of {html.escape(rows[0]['baseline'])}, with "
+        "Welch's 95% interval for the difference of two means: one that holds 0 leaves open which is the larger, and "
+        'one in 20 misses the truth.'
     )
-    return f'{_measures_table(rows, ["model", "runs"], _known(rows, RUN_MEASURES))}<p>{note}</p>'
+    table = _measures_table(differences, ['model', 'runs', 'of baseline'], _known(differences, RUN_MEASURES))
+    return ['<h2>Less the baseline</h2>', f'{table}<p>{note}</p>']
 
 
 def _known(rows: Sequence[Mapping[str, Any]], measures: Iterable[str]) -> list[str]:
@@ -395,7 +421,7 @@ def _measures_table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], me
 def _with_interval(row: Mapping[str, Any], measure: str) -> str:
     if row.get(measure, '') == '':
         return '–'
-    value, low, high = (row[f'{measure}{end}'] for end in ('', '_low', '_high'))
+    value, low, high = (row[f'{measure}{end}'] for end in ('', *ENDS))
     interval = '' if '' in (low, high) else f'{_tenths(low)} to {_tenths(high)}'
     return f'{_tenths(value)}<small>{interval}</small>'
 
@@ -447,7 +473,9 @@ def _error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | None':
     for place, row in enumerate(rows):
         shift = 0.8 * (place - (len(rows) - 1) / 2) / len(rows)
         here = [(height + shift, name) for height, name in enumerate(names) if row.get(f'CE_{name}', '') != '']
-        errors = np.array([[row[f'CE_{name}{end}'] for end in ('', '_low', '_high')] for _, name in here], float)
+        if not here:
+            continue
+        errors = np.array([[row[f'CE_{name}{end}'] for end in ('', *ENDS)] for _, name in here], float)
         heights = [height for height, _ in here]
         spread = np.abs(errors[:, 1:].T - errors[:, 0])
         axes.errorbar(errors[:, 0], heights, xerr=spread, linestyle='', lw=1, label=row['model'], **_look(place))
@@ -513,9 +541,9 @@ def _mce_against_clean_error(rows: Sequence[Mapping[str, Any]]) -> 'Figure | Non
     figure = new_figure(max(4.2, 3 + 0.1 * len(rows)))  # room for the legend
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        (x, *xs), (y, *ys) = ([row[f'{name}{end}'] for end in ('', '_low', '_high')] for name in ('E', 'plain_mCE'))
-        spread: dict[str, Any] = dict(xerr=[[x - xs[0]], [xs[1] - x]], yerr=[[y - ys[0]], [ys[1] - y]])
-        axes.errorbar(x, y, **spread, linestyle='', lw=1, label=row['model'], **_look(place))
+        (x, *xs), (y, *ys) = ([row[f'{name}{end}'] for end in ('', *ENDS)] for name in ('E', 'plain_mCE'))
+        spread = [np.abs(np.array(ends)[:, None] - mean) for mean, ends in ((x, xs), (y, ys))]  # the mean is rounded
+        axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], linestyle='', lw=1, label=row['model'], **_look(place))
     of_baseline = _row_of_baseline(rows)
     if of_baseline is not None:
         # R_net = 0: what mCE wins, E loses.
