@@ -7,6 +7,7 @@ import timm
 import torch
 
 from timm_pushpull import pushpull_fast, pushpull_resnet, stem_pieces
+from timm_pushpull.contrast_norm import add_contrast_norm
 
 
 @pytest.fixture
@@ -62,6 +63,9 @@ def test_where_it_would_be_noticed_it_is_not_in_pieces(pieces):
         model(x)
         assert [len(output) for output in seen] == [3, 3]
         hook.remove()
+        normalized = timm.create_model('pp_resnet18').eval()
+        add_contrast_norm(normalized.bn1)
+        normalized(x)
         timm.create_model('pp_resnet18', norm_layer=torch.nn.InstanceNorm2d).eval()(x)
         for settings in ({'replace_stem_pool': True}, {'aa_layer': 'blur'}, {'act_layer': 'silu'}):
             timm.create_model('pp_resnet18', **settings).eval()(x)

@@ -42,7 +42,9 @@ def runs_in_pieces(stem: Sequence[nn.Module], x: Tensor) -> bool:
             return False
     if any(module.training or module._forward_hooks for module in stem):
         return False
-    if any(hook is not normalize_contrast for module in stem for hook in module._forward_pre_hooks.values()):
+    if any(hook is not normalize_contrast for hook in conv._forward_pre_hooks.values()):
+        return False
+    if any(module._forward_pre_hooks for module in (norm, act, pool)):
         return False
     values = conv.out_channels * x.shape[2] * x.shape[3] // math.prod(conv.stride)
     return is_fast(conv.implementation, x, conv.weight) and 4 * len(x) * values > CHUNK_BYTES
