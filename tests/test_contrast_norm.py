@@ -1,10 +1,11 @@
-"""Global contrast normalization: the same answer however a picture is lit, on every way through the network."""
+"""Global contrast normalization: light matters less, on every way through the network."""
 
 import copy
 
 import pytest
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from timm_pushpull import convert_to_push_pull
 from timm_pushpull.contrast_norm import normalize_contrast
@@ -48,9 +49,19 @@ def test_it_is_light_and_contrast_alone_that_is_lost():
     model, _, x, _ = pairs()
     torch.testing.assert_close(model(0.5 * x - 0.2), model(x), rtol=1e-2, atol=1e-2)
     assert not torch.allclose(model(-x), model(x), rtol=1e-2)
-    x[0] = 0.3  # a grey picture, without any contrast
+    x[0] = 0.3
     assert normalize_contrast(model, (x,))[0][0].abs().max() == 0
     assert model(x).isfinite().all()
+
+
+def test_dark_pictures_come_nearer_to_bright_ones():
+    pixels = torch.rand(4, 3, 64, 48)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    for light in (0.5, 0.25, 0.1):
+        bright, dark = (pixels - mean) / std, (light * pixels - mean) / std
+        (bright_normalized,), (dark_normalized,) = (normalize_contrast(None, (x,)) for x in (bright, dark))
+        left = (bright_normalized - dark_normalized).abs().mean() / (bright - dark).abs().mean()
+        assert 0.05 < left < 0.35
 
 
 def test_checkpoints_are_those_of_the_network_without_it():

@@ -1,4 +1,9 @@
-"""Global contrast normalization: every picture gets mean 0 and standard deviation 1, however it was lit."""
+"""Global contrast normalization: every image gets mean 0 and standard deviation 1, so that its light matters less.
+
+It sees the images as the loader gives them, less the mean of the data set in each channel. What scales and shifts these
+values alike is lost; darker pixels do more: the means, which do not darken along, stay as a tint, the stronger the less
+contrast is left. So the effect of light is much smaller, but not gone.
+"""
 
 import torch.nn as nn
 import torch.nn.functional as F
