@@ -21,6 +21,7 @@ from test_hub import FOLDER, NAME
 from timm_pushpull.cli import main
 from timm_pushpull.hub import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, read_checksum
 from timm_pushpull.measures import TEST_CORRUPTIONS
+from timm_pushpull.model_card import _description
 
 CLASSES = ['n01440764', 'n02102040']
 TAG = 'pp_resnet18.pp5_r32_trial'
@@ -165,6 +166,11 @@ def test_a_recipe_stays_and_the_card_tells_the_difference(run, tmp_path):
     assert (folder / RECIPE).read_text() == f'# A trial.\n{recipe}'
     card = (folder / CARD).read_text()
     assert 'python train.py --config args.yaml --data-dir DATA --epochs 3\n' in card and '\nA trial.\n' in card
+
+
+def test_the_card_tells_the_pull_kernel():
+    assert 'push kernel and a pull kernel of inverted contrast' in _description('# x', {'avg_pool_size': 5})
+    assert 'push kernel and its negative as pull kernel' in _description('# x', {'pull_kernel': 'negated'})
 
 
 def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
