@@ -92,7 +92,7 @@ def test_without_weights_a_network_is_not_that_of_a_data_set():
 
 @pytest.mark.parametrize('name', ['pp_resnet50', 'pp_resnet50.untrained', 'pp_resnet50.pp3_prime_in1k'])
 def test_weights_that_are_not_published(name):
-    with pytest.raises(RuntimeError, match='none are published yet') as error:
+    with pytest.raises(RuntimeError, match='are published yet. Train them') as error:
         timm.create_model(name, pretrained=True)
     recipe = ' pp_resnet50.pp3_prime_in1k' * name.endswith('prime_in1k')
     assert f'"timm-pushpull recipes{recipe}" tells how' in str(error.value) and NAME in str(error.value)

@@ -14,7 +14,7 @@ def augment_in_training(model: nn.Module, augmentation: nn.Module) -> None:
 
     Mean and std are those of ``model.pretrained_cfg``, which timm's loaders use. The first batch shows whether they
     were: un-normalised, it must be made of pixels of 8 bits. In evaluation mode nothing happens; nothing is added to
-    the model's modules or state dict.
+    the model's modules or state dict. ``torch.jit.script`` takes no such model: script one without the augmentation.
 
     Args:
         model: Model of timm.
@@ -58,6 +58,6 @@ def _check_pixels(images: Tensor, dtype: torch.dtype, mean: tuple[float, ...], s
     if pixels.float().mean() < 0.5:
         raise ValueError(
             f'augment needs the mean and std that the loader used; un-normalised with those of the model, mean={mean} '
-            f'and std={std}, the batch does not hold pixels. Leave --mean and --std out, or give the model the same by '
-            '--model-kwargs "pretrained_cfg_overlay=dict(mean=..., std=...)"; mixup needs the prefetcher.'
+            f'and std={std}, the batch does not hold 8-bit pixels. Leave --mean and --std out, or give the model the '
+            'same by --model-kwargs "pretrained_cfg_overlay=dict(mean=..., std=...)"; mixup needs the prefetcher.'
         )

@@ -271,8 +271,8 @@ def _no_weights(variant: str, tag: str | None) -> str:
     how = f'timm-pushpull recipes {name}' if name in HUB_MODELS else 'timm-pushpull recipes'
     published = [published for published, model in HUB_MODELS.items() if model.sha256]
     return (
-        f'No pretrained weights exist for {name}: none are published yet. Train them ("{how}" tells how), use '
-        f'pretrained=False, or one that is published: {", ".join(published) or "none so far"}.'
+        f'No pretrained weights of {name} are published yet. Train them ("{how}" tells how), use '
+        f'pretrained=False, or others that are: {", ".join(published) or "none so far"}.'
     )
 
 
