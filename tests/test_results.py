@@ -116,7 +116,7 @@ def test_each_training_run_is_compared_with_the_run_of_its_name(tmp_path):
     assert rows['b@2']['R_net'] == pytest.approx(net_error_reduction(0.3, 0.3, 0.25, 0.4))
     assert rows['b@2']['relative_mCE'] == 0 and rows['b@1']['relative_mCE'] == pytest.approx(100 * 0.5 / 0.3, abs=1e-3)
     assert rows['b@3']['R_net'] == rows['c']['R_net'] == ''
-    assert not_compared(list(rows.values())) == 'Not compared: b@3 (no a@3), c (no a).'
+    assert not_compared(list(rows.values())) == 'Without relative_mCE and R_net: b@3 (no a@3), c (no a).'
     assert [row['R_net'] for row in write_summary(tmp_path)] == [row['R_net'] for row in rows.values()]
     with pytest.raises(ValueError, match='one of the models a@1, a@2, b@2, b@1, b@3, c, a, b, got'):
         write_summary(tmp_path, 'd')

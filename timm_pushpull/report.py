@@ -153,7 +153,7 @@ class _Part:
             raise ValueError(f'{folder} holds no results yet: run the command again that began them.')
         for name, passes in answers.items():
             details = protocol['models'][name]
-            labels = name, f'{name} ({folder.name})', f'{name} ({folder})'
+            labels = name, f'{name} ({folder.name})', f'{name} ({folder.resolve()})'
             label = next(label for label in labels if self.protocol['models'].get(label, details) == details)
             self.protocol['models'][label] = details
             self.answers[label] = {**self.answers.get(label, {}), **passes}
@@ -387,7 +387,7 @@ def _runs_table(over_runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
     note = 'Mean of the runs, and the smallest and the largest; of a kind of corruption, the mean CE.'
     if 'R_net' in measures:
         baseline = html.escape(rows[0]['baseline'])
-        note += f' Each run is compared with that of {baseline} with the same ending after the @.'
+        note += f' Relative mCE and R net compare each run with that of {baseline} with the same ending after the @.'
     return f'{_measures_table(over_runs, ["model", "runs"], measures)}<p>{note}</p>'
 
 
@@ -397,8 +397,8 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     note = (
         f"Points that the mean over a model's training runs is above that of {html.escape(rows[0]['baseline'])}, with "
-        "Welch's 95% interval for the difference of two means: one that holds 0 leaves open which is the larger, and "
-        'one in 20 misses the truth.'
+        "Welch's 95% interval for the difference of two means, on these pictures: one that holds 0 leaves open which "
+        'is the larger, and one in 20 misses what more runs would give. A single run is not among them.'
     )
     table = _measures_table(differences, ['model', 'runs', 'of baseline'], _known(differences, RUN_MEASURES))
     return ['<h2>Less the baseline</h2>', f'{table}<p>{note}</p>']

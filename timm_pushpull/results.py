@@ -442,7 +442,7 @@ def not_compared(rows: Sequence[Mapping[str, Any]]) -> str:
     baseline = rows[0]['baseline'] if rows else ''
     alone = [model for model in models if baseline and not baseline_of(model, baseline, models)]
     lacks = ', '.join(f'{model} (no {_same_run(baseline, model)})' for model in alone)
-    return f'Not compared: {lacks}.' if lacks else ''
+    return f'Without {" and ".join(COMPARISONS)}: {lacks}.' if lacks else ''
 
 
 def places_read(answers: np.ndarray) -> np.ndarray:
