@@ -170,7 +170,7 @@ def test_a_recipe_stays_and_the_card_tells_the_difference(run, tmp_path):
 
 def test_the_card_tells_the_pull_kernel():
     assert 'push kernel and a pull kernel of inverted contrast' in _description('# x', {'avg_pool_size': 5})
-    assert 'push kernel and its negative as pull kernel' in _description('# x', {'pull_kernel': 'negated'})
+    assert 'its negative as pull kernel, not that of the paper' in _description('# x', {'pull_kernel': 'negated'})
 
 
 def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):

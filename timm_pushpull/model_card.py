@@ -129,10 +129,11 @@ def _description(recipe: str, model_args: Mapping[str, Any]) -> str:
     if model_args.get('push_pull') is False:
         return f'{purpose}The plain baseline of the push-pull networks: the same network without the push-pull unit.'
     negated = model_args.get('pull_kernel') == 'negated'
-    pull_kernel = 'its negative as pull kernel' if negated else 'a pull kernel of inverted contrast derived from it'
+    inverted = 'a pull kernel of inverted contrast derived from it'
+    pull_kernel = 'its negative as pull kernel, not that of the paper' if negated else inverted
     return (
         f'{purpose}A ResNet whose first convolution is a push-pull unit: a trainable push kernel and {pull_kernel}, '
-        'which inhibits the response to noise ([PushPull-Net](https://arxiv.org/abs/2408.04077)).'
+        'meant to inhibit the response to noise ([PushPull-Net](https://arxiv.org/abs/2408.04077)).'
     )
 
 
