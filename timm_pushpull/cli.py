@@ -196,7 +196,7 @@ class _ParseKwargs(argparse.Action):
         from timm.utils import ParseKwargs
 
         values: Sequence[str] = args[2]
-        if wrong := [value for value in values if '=' not in value]:
+        if wrong := [value for value in values if value and '=' not in value]:
             raise argparse.ArgumentError(self, f'must be NAME=VALUE, got {wrong[0]!r}')
         ParseKwargs(self.option_strings, self.dest)(*args)
 
