@@ -272,7 +272,7 @@ def _no_weights(variant: str, tag: str | None) -> str:
     published = [published for published, model in HUB_MODELS.items() if model.sha256]
     return (
         f'No pretrained weights of {name} are published yet. Train them ("{how}" tells how), use '
-        f'pretrained=False, or others that are: {", ".join(published) or "none so far"}.'
+        f'pretrained=False, or what is published: {", ".join(published)}.'
     )
 
 
