@@ -21,10 +21,10 @@ from .measures import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
 from .results import (
     CLEAN,
     COMPARISONS,
-    ENDS,
     UNREAD,
     baseline_of,
     check_baseline,
+    columns_of,
     compare,
     differences,
     not_compared,
@@ -241,8 +241,8 @@ def _summary_section(path: Path, output: Path, baseline: str | None) -> str:
 def _tables_and_pictures(
     rows: Sequence[Mapping[str, Any]], of_answers: Mapping[str, 'Figure | None'], output: Path, prefix: str
 ) -> list[str]:
-    has_runs = len({without_run(row['model']) for row in rows}) < len(rows)
-    over_runs = _over_runs(rows) if has_runs else []
+    models = _by_model(rows)
+    over_runs = _over_runs(models) if len(models) < len(rows) else []
     shown = over_runs or rows  # every single run would be a crowd, and is in the tables
     pictures = {
         'mce_against_clean_error': _mce_against_clean_error(shown),
@@ -267,7 +267,7 @@ def _tables_and_pictures(
         '<h2>Measures</h2>',
         _table(rows),
         *(['<h2>Over training runs</h2>', _runs_table(over_runs, rows)] if over_runs else []),
-        *(_differences(rows) if has_runs else []),
+        *_differences(models, rows[0]['baseline']),
         '<h2>Where the errors are</h2>',
         *figures,
         _corruption_table(rows),
@@ -326,36 +326,37 @@ def _by_model(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any
     return models
 
 
-def _over_runs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _over_runs(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """A row for each model: over its training runs the mean of each figure, its ends the range."""
-    measured = dict.fromkeys(name for row in rows for name in row if f'{name}_low' in row)
+    names = dict.fromkeys(name for runs in models.values() for run in runs for name in run)
+    measured = [name for name in names if {*columns_of(name)} <= names.keys()]
     found = []
-    for model, runs in _by_model(rows).items():
+    for model, runs in models.items():
         figures: dict[str, Any] = {'model': model, 'runs': len(runs), 'baseline': runs[0]['baseline']}
         for name in (*measured, *KINDS):
             of_runs = [run.get(name, '') for run in runs]
             ends = ('', '', '') if '' in of_runs else (np.mean(of_runs), min(of_runs), max(of_runs))
-            figures |= dict(zip((name, f'{name}_low', f'{name}_high'), ends, strict=True))
+            figures |= dict(zip(columns_of(name), ends, strict=True))
         found.append(figures)
     return found
 
 
-def _less_baseline(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _less_baseline(models: Mapping[str, Sequence[Mapping[str, Any]]], baseline: str) -> list[dict[str, Any]]:
     """A row for each model that, as the baseline, has several training runs: its means less the baseline's.
 
     The ends are those of Welch's 95% interval: runs of one seed have no more in common than others.
     """
-    models = {model: runs for model, runs in _by_model(rows).items() if len(runs) > 1}
-    of_baseline = models.pop(rows[0]['baseline'], None)
+    several = {model: runs for model, runs in models.items() if len(runs) > 1}
+    of_baseline = several.pop(baseline, None)
     if of_baseline is None:
         return []
     found = []
-    for model, runs in models.items():
+    for model, runs in several.items():
         difference: dict[str, Any] = {'model': model, 'runs': len(runs), 'of baseline': len(of_baseline)}
         for measure in RUN_MEASURES:
             errors, theirs = ([run[measure] for run in side] for side in (runs, of_baseline))
             ends = ('', '', '') if '' in errors + theirs else _difference(errors, theirs)
-            difference |= dict(zip((measure, f'{measure}_low', f'{measure}_high'), ends, strict=True))
+            difference |= dict(zip(columns_of(measure), ends, strict=True))
         found.append(difference)
     return found
 
@@ -391,12 +392,12 @@ def _runs_table(over_runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[s
     return f'{_measures_table(over_runs, ["model", "runs"], measures)}<p>{note}</p>'
 
 
-def _differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    differences = _less_baseline(rows)
+def _differences(models: Mapping[str, Sequence[Mapping[str, Any]]], baseline: str) -> list[str]:
+    differences = _less_baseline(models, baseline)
     if not differences:
         return []
     note = (
-        f"Points that the mean over a model's training runs is above that of {html.escape(rows[0]['baseline'])}, with "
+        f"Points that the mean over a model's training runs is above that of {html.escape(baseline)}, with "
         "Welch's 95% interval for the difference of two means, on these pictures: one that holds 0 leaves open which "
         'is the larger, and one in 20 misses what more runs would give. A single run is not among them.'
     )
@@ -421,7 +422,7 @@ def _measures_table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], me
 def _with_interval(row: Mapping[str, Any], measure: str) -> str:
     if row.get(measure, '') == '':
         return '–'
-    value, low, high = (row[f'{measure}{end}'] for end in ('', *ENDS))
+    value, low, high = (row[name] for name in columns_of(measure))
     interval = '' if '' in (low, high) else f'{_tenths(low)} to {_tenths(high)}'
     return f'{_tenths(value)}<small>{interval}</small>'
 
@@ -464,6 +465,12 @@ def _legend(figure: 'Figure', axes: 'Axes') -> None:
     figure.legend(handles, labels, loc='outside upper left', ncols=min(2, len(labels)), fontsize=9, frameon=False)
 
 
+def _with_spread(row: Mapping[str, Any], measures: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Figures, and how far the ends of their intervals are below and above: two lines, as matplotlib's error bars."""
+    figures = np.array([[row[name] for name in columns_of(measure)] for measure in measures], float)
+    return figures[:, 0], np.abs(figures[:, 1:].T - figures[:, 0])  # a rounded mean may lie beside equal ends
+
+
 def _error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | None':
     names = _measured(rows)
     if not names:
@@ -475,10 +482,9 @@ def _error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | None':
         here = [(height + shift, name) for height, name in enumerate(names) if row.get(f'CE_{name}', '') != '']
         if not here:
             continue
-        errors = np.array([[row[f'CE_{name}{end}'] for end in ('', *ENDS)] for _, name in here], float)
+        errors, spread = _with_spread(row, [f'CE_{name}' for _, name in here])
         heights = [height for height, _ in here]
-        spread = np.abs(errors[:, 1:].T - errors[:, 0])
-        axes.errorbar(errors[:, 0], heights, xerr=spread, linestyle='', lw=1, label=row['model'], **_look(place))
+        axes.errorbar(errors, heights, xerr=spread, linestyle='', lw=1, label=row['model'], **_look(place))
     for kind in KINDS.values():
         if kind[0] in names and names.index(kind[0]):
             axes.axhline(names.index(kind[0]) - 0.5, color='#999', lw=0.8)
@@ -541,9 +547,10 @@ def _mce_against_clean_error(rows: Sequence[Mapping[str, Any]]) -> 'Figure | Non
     figure = new_figure(max(4.2, 3 + 0.1 * len(rows)))  # room for the legend
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        (x, *xs), (y, *ys) = ([row[f'{name}{end}'] for end in ('', *ENDS)] for name in ('E', 'plain_mCE'))
-        spread = [np.abs(np.array(ends)[:, None] - mean) for mean, ends in ((x, xs), (y, ys))]  # the mean is rounded
-        axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], linestyle='', lw=1, label=row['model'], **_look(place))
+        (x, y), spread = _with_spread(row, ['E', 'plain_mCE'])
+        axes.errorbar(
+            x, y, xerr=spread[:, :1], yerr=spread[:, 1:], linestyle='', lw=1, label=row['model'], **_look(place)
+        )
     of_baseline = _row_of_baseline(rows)
     if of_baseline is not None:
         # R_net = 0: what mCE wins, E loses.

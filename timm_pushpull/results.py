@@ -45,6 +45,7 @@ __all__ = [
     'answers_path',
     'baseline_of',
     'check_baseline',
+    'columns_of',
     'compare',
     'differences',
     'join_protocol',
@@ -343,9 +344,21 @@ def summarize(
             measures = _measures(rates[name], of_baseline, severities, protocol['data']['imagenet_1k'])
         for measure, values in measures.items():
             numbers = [None] * 3 if values is None else [values[0], *_interval(values[1:])]
-            row.update(zip((measure, f'{measure}_low', f'{measure}_high'), map(_rounded, numbers), strict=True))
+            row.update(zip(columns_of(measure), map(_rounded, numbers), strict=True))
         rows.append(row)
     return rows
+
+
+def columns_of(measure: str) -> tuple[str, ...]:
+    """Name the columns of a summary that hold a measure.
+
+    Args:
+        measure: Its name.
+
+    Returns:
+        The name, for the figure, and those of the low and the high end of its interval.
+    """
+    return measure, *(f'{measure}{end}' for end in ENDS)
 
 
 def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -366,7 +379,7 @@ def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         rows = []
     columns = rows[0].keys() if rows else ()
     measures = ['E', *(name for name in columns if name.startswith('CE_') and not name.endswith(ENDS)), *MEANS]
-    needed = {*NAMES, 'img_size', 'crop_pct', 'unreadable', *(name + end for name in measures for end in ('', *ENDS))}
+    needed = {*NAMES, 'img_size', 'crop_pct', 'unreadable', *(name for of in measures for name in columns_of(of))}
     if not needed <= {*columns}:
         raise ValueError(f'{path} is not a summary.csv of timm-pushpull robustness.')
     models = [row['model'] for row in rows]
@@ -398,11 +411,11 @@ def compare(rows: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, 
     """
     models = {row['model']: row for row in rows}
     check_baseline(baseline, models)
+    needed = ('E', *(f'CE_{name}' for name in TEST_CORRUPTIONS))
     compared = []
     for row in rows:
         of_baseline = models.get(baseline_of(row['model'], baseline, models) or '')
-        numbers: dict[str, Any] = {f'{name}{end}': '' for name in COMPARISONS for end in ('', *ENDS)}
-        needed = ('E', *(f'CE_{name}' for name in TEST_CORRUPTIONS))
+        numbers: dict[str, Any] = {name: '' for measure in COMPARISONS for name in columns_of(measure)}
         if of_baseline and all(other.get(name, '') != '' for other in (row, of_baseline) for name in needed):
             with np.errstate(divide='ignore', invalid='ignore'):
                 values = _comparisons(*_as_rates(row), *_as_rates(of_baseline))
