@@ -7,7 +7,7 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from timm_pushpull.augment import augment_in_training
+from timm_pushpull.augment.in_model import augment_in_training
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

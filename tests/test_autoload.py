@@ -40,8 +40,8 @@ def assert_runs(program, *options, **environment):
         'import torch, timm.models',
         'import timm_pushpull',
         'from timm_pushpull import PushPullConv2d',
-        'import timm_pushpull.pushpull_resnet',
-        'import timm_pushpull.published',
+        'import timm_pushpull.models.pushpull_resnet',
+        'import timm_pushpull.models.original',
     ],
 )
 def test_models_are_registered_silently(first):
@@ -119,7 +119,7 @@ importer = threading.Thread(target=slow_timm.import_timm_models)
 importer.start()
 slow_timm.started.wait()
 import timm_pushpull
-assert 'timm_pushpull.pushpull_resnet' not in sys.modules
+assert 'timm_pushpull.models.pushpull_resnet' not in sys.modules
 slow_timm.go_on.set()
 importer.join()
 assert slow_timm.registered_at_once, 'the importing thread did not find the models'
@@ -199,7 +199,7 @@ import importlib.abc, sys
 
 class Broken(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == 'timm_pushpull.pushpull_resnet':
+        if name == 'timm_pushpull.models.pushpull_resnet':
             raise RuntimeError('plugin out of order')
 
 sys.meta_path.insert(0, Broken())

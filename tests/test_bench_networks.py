@@ -2,9 +2,10 @@ import csv
 
 import pytest
 
-from timm_pushpull import pushpull_fast, stem_pieces
-from timm_pushpull.bench import Comparison, compare
-from timm_pushpull.bench_networks import bench_networks
+from timm_pushpull.layers import stem
+from timm_pushpull.ops import chunked
+from timm_pushpull.bench.timing import Comparison, compare
+from timm_pushpull.bench.networks import bench_networks
 from timm_pushpull.cli import main
 
 
@@ -21,7 +22,7 @@ USES = ('inference', 'training')
 
 
 def test_memory_of_the_stem(monkeypatch):
-    for module in (pushpull_fast, stem_pieces):
+    for module in (chunked, stem):
         monkeypatch.setattr(module, 'CHUNK_BYTES', 1 << 20)  # an image
     for row in bench_networks(['resnet18'], 8, 128, 1):
         if row.what == 'stem':
@@ -32,9 +33,9 @@ def test_memory_of_the_stem(monkeypatch):
 
 def test_every_way_is_measured_as_often(monkeypatch):
     calls, clock = [], iter(range(1000))
-    monkeypatch.setattr('timm_pushpull.bench.time.perf_counter', lambda: next(clock))
+    monkeypatch.setattr('timm_pushpull.bench.timing.time.perf_counter', lambda: next(clock))
     ways = {way: lambda way=way: calls.append(way) for way in ('plain', 'ours', 'reference')}
-    monkeypatch.setattr('timm_pushpull.bench.peak_bytes', lambda work, device: 1)
+    monkeypatch.setattr('timm_pushpull.bench.timing.peak_bytes', lambda work, device: 1)
     row = compare(ways, 'cpu', 3, 'nothing')
     assert calls == ['plain', 'ours', 'reference', 'ours', 'reference', 'plain', 'reference', 'plain', 'ours']
     assert (row.time_low, row.time, row.time_high, row.reference_time, row.memory) == (1, 1, 1, 1, 1)
@@ -61,7 +62,7 @@ def test_command_for_everything(tmp_path, capsys, monkeypatch):
         precision = 'bfloat16' if options['amp'] else 'float32'
         yield Comparison('stem', 'training', 'nchw', precision, options['torchcompile'], *[1.0] * 9)
 
-    monkeypatch.setattr('timm_pushpull.bench_networks.bench_networks', bench_networks)
+    monkeypatch.setattr('timm_pushpull.bench.networks.bench_networks', bench_networks)
     size = dict(batch_size=2, img_size=32, rounds=1)
     options = [f'--{name.replace("_", "-")}={value}' for name, value in size.items()]
     assert main(['bench', *options, '--output', str(tmp_path / 'bench.csv')]) == 0

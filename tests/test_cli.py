@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_checkpoints import STEMS, published
+from test_original import STEMS, published
 
 from timm_pushpull import demo
 from timm_pushpull.cli import main

@@ -8,7 +8,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from timm_pushpull import convert_to_push_pull
-from timm_pushpull.contrast_norm import normalize_contrast
+from timm_pushpull.layers.contrast_norm import normalize_contrast
 
 
 def pairs(**settings):
@@ -64,7 +64,7 @@ def test_dark_pictures_come_nearer_to_bright_ones():
         assert 0.05 < left < 0.35
 
 
-def test_checkpoints_are_those_of_the_network_without_it():
+def test_original_are_those_of_the_network_without_it():
     model, plain, _, _ = pairs()
     assert list(model.state_dict()) == list(plain.state_dict())
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_pushpull.corruptions import SEVERITIES, corrupt
-from timm_pushpull.measures import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
+from timm_pushpull.robustness.corruptions import SEVERITIES, corrupt
+from timm_pushpull.robustness.metrics import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
 
 imagecorruptions = pytest.importorskip('imagecorruptions')
 # These compute; the others draw.
@@ -54,7 +54,7 @@ def test_another_process_draws_the_same(tmp_path):
     picture().save(tmp_path / 'picture.png')
     program = f"""
 from PIL import Image
-from timm_pushpull.corruptions import corrupt
+from timm_pushpull.robustness.corruptions import corrupt
 for name in {names[::-1]}:
     corrupt(Image.open({str(tmp_path / 'picture.png')!r}), name, 5, index=3).save(f'{tmp_path}/{{name}}.png')
 """

@@ -10,15 +10,16 @@ import timm
 import torch
 from torch import nn
 
-from timm_pushpull import PushPullConv2d, convert_to_push_pull, figures, push_pull_conv2d
-from timm_pushpull.figures import (
+from timm_pushpull import PushPullConv2d, convert_to_push_pull, push_pull_conv2d
+from timm_pushpull.viz import figures
+from timm_pushpull.viz.figures import (
     combined_spectrum,
     draw_figures,
     edge_responses,
     radial_mean,
     snr_db,
 )
-from timm_pushpull.pushpull_conv import pull_kernels
+from timm_pushpull.layers.push_pull import pull_kernels
 
 pytest.importorskip('matplotlib')
 

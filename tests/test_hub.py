@@ -17,9 +17,9 @@ from conftest import REPOSITORY
 from hub_server import TOKEN
 from safetensors.torch import load_file, save
 
-from timm_pushpull.hub import HUB_ORG, WEIGHTS
-from timm_pushpull.pushpull_resnet import HUB_MODELS
-from timm_pushpull.recipes import list_recipes, read_recipe
+from timm_pushpull.hub.registry import HUB_ORG, WEIGHTS
+from timm_pushpull.models.pushpull_resnet import HUB_MODELS
+from timm_pushpull.hub.recipes import list_recipes, read_recipe
 
 NAME = 'pp_resnet18.pp3_r64_imagenette'
 REPO_ID = f'{HUB_ORG}/{NAME}'

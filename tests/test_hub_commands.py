@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from test_hub import FOLDER, NAME
 
 from timm_pushpull.cli import main
-from timm_pushpull.hub import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, read_checksum
-from timm_pushpull.measures import TEST_CORRUPTIONS
-from timm_pushpull.model_card import _description
+from timm_pushpull.hub.registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, read_checksum
+from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
+from timm_pushpull.hub.card import _description
 
 CLASSES = ['n01440764', 'n02102040']
 TAG = 'pp_resnet18.pp5_r32_trial'

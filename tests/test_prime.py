@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from timm_pushpull import prime as prime_module
-from timm_pushpull.bench import peak_bytes
-from timm_pushpull.bench_prime import _plain_prime, bench_prime
-from timm_pushpull.prime import (
+from timm_pushpull.augment import prime as prime_module
+from timm_pushpull.bench.timing import peak_bytes
+from timm_pushpull.bench.prime import _plain_prime, bench_prime
+from timm_pushpull.augment.prime import (
     PRIME,
     PrimeDraw,
     apply_prime,

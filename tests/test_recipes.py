@@ -8,7 +8,7 @@ import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_pushpull.cli import main
-from timm_pushpull.recipes import list_recipes, read_recipe, recipe_command, recipe_path
+from timm_pushpull.hub.recipes import list_recipes, read_recipe, recipe_command, recipe_path
 
 # Of the paper's table: epochs, batch, lr at the start, the top and the end.
 PAPER = {

@@ -11,15 +11,15 @@ from PIL import Image
 from test_results import FIVE, write_results
 
 from timm_pushpull.cli import main
-from timm_pushpull.files import write_whole
-from timm_pushpull.measures import TEST_CORRUPTIONS
-from timm_pushpull.report import _look, write_report
-from timm_pushpull.results import (
-    answers_path,
-    read_answers,
+from timm_pushpull.files import atomic_write
+from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
+from timm_pushpull.robustness.report import _look, write_report
+from timm_pushpull.robustness.store import (
+    predictions_path,
+    read_predictions,
     read_protocol,
-    write_answers,
-    write_pictures,
+    write_predictions,
+    write_images,
     write_summary,
 )
 
@@ -36,11 +36,11 @@ def write_finished(folder, errors=None, baseline='plain <1>', **protocol):
         name: {('clean', 0): clean} | dict.fromkeys(PASSES, corrupted) for name, (clean, corrupted) in errors.items()
     }
     write_results(folder, passes, images=10, classes=2, **protocol)
-    write_pictures(folder, [f'{place}.png' for place in range(10)], [0, 1] * 5, ['n01440764', 'n02102040'])
+    write_images(folder, [f'{place}.png' for place in range(10)], [0, 1] * 5, ['n01440764', 'n02102040'])
     for corruption in ('clean-0', 'fog-3'):
         content = io.BytesIO()
         Image.fromarray(np.full((8, 8, 3), 99, np.uint8)).save(content, 'png')
-        write_whole(folder / 'examples' / f'{corruption}-4.png', content.getvalue())
+        atomic_write(folder / 'examples' / f'{corruption}-4.png', content.getvalue())
     write_summary(folder, baseline)
     return folder
 
@@ -92,9 +92,9 @@ def test_the_page_holds_the_figures_and_needs_no_other_file(tmp_path):
 
 def test_the_answers_to_the_pictures_are_told(tmp_path):
     folder = write_finished(tmp_path / 'results')
-    answers = read_answers(folder)['pp']['fog', 3]
+    answers = read_predictions(folder)['pp']['fog', 3]
     answers['answer'][4] = 1
-    write_answers(answers_path(folder, 'pp', 'fog', 3), answers)
+    write_predictions(predictions_path(folder, 'pp', 'fog', 3), answers)
     texts = Page(write_report([folder], tmp_path / 'page')).texts
     # Picture 4 is of class 0, a tench.
     assert texts.count('✓\u00a0tench') == 3 and texts.count('✗\u00a0English springer') == 1
@@ -208,7 +208,7 @@ def test_no_two_models_look_alike():
 
 def test_unfinished_results_have_a_page_too(tmp_path):
     write_results(tmp_path / 'some', {'a': {('clean', 0): 2, ('fog', 1): 5}, 'b': {}}, images=10, classes=2)
-    write_pictures(tmp_path / 'some', ['0.png'] * 10, [0] * 10, ['', ''])
+    write_images(tmp_path / 'some', ['0.png'] * 10, [0] * 10, ['', ''])
     page = Page(write_report([tmp_path / 'some'], tmp_path / 'page'))
     assert any('left out where not all 15 were measured' in text for text in page.texts)
     assert page.row('fog') and not page.row('frost')
@@ -217,7 +217,7 @@ def test_unfinished_results_have_a_page_too(tmp_path):
 def test_a_model_without_corruptions_beside_one_with_them(tmp_path):
     passes = {'a': {('clean', 0): 2} | dict.fromkeys(PASSES, 5), 'b': {('clean', 0): 3}}
     write_results(tmp_path / 'some', passes, images=10, classes=2)
-    write_pictures(tmp_path / 'some', ['0.png'] * 10, [0] * 10, ['', ''])
+    write_images(tmp_path / 'some', ['0.png'] * 10, [0] * 10, ['', ''])
     page = Page(write_report([tmp_path / 'some'], tmp_path / 'page'))
     assert page.row('fog')[0] == 'fog  50.0 20.0 to 80.0  –' and page.row('b')[0].startswith('b  30.0')
 
@@ -230,7 +230,7 @@ def test_folders_of_one_name_lose_nothing(tmp_path, monkeypatch):
         write_finished(folder, {'pp': errors}, baseline=None)
         protocol = read_protocol(folder)
         protocol['models']['pp']['weights'] = str(folder)
-        write_whole(folder / 'protocol.json', json.dumps(protocol).encode())
+        atomic_write(folder / 'protocol.json', json.dumps(protocol).encode())
     page = Page(write_report(folders, 'page'))
     names = ['pp', 'pp (results)', f'pp ({tmp_path / "results"})']
     assert [page.row(name)[0].split('  ')[1][:4] for name in names] == ['10.0', '20.0', '30.0']

@@ -4,17 +4,17 @@ import json
 import numpy as np
 import pytest
 
-from timm_pushpull.measures import TEST_CORRUPTIONS, net_error_reduction
-from timm_pushpull.results import (
+from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS, net_error_reduction
+from timm_pushpull.robustness.store import (
     ANSWER,
     UNREAD,
-    answers_path,
+    predictions_path,
     compare,
     not_compared,
     read_csv,
     read_protocol,
     read_summary,
-    write_answers,
+    write_predictions,
     write_errors,
     write_summary,
 )
@@ -34,7 +34,7 @@ def write_results(folder, errors, images=100, classes=1000, seed=0):
         for (corruption, severity), wrong in passes.items():
             answers = np.zeros(images, ANSWER)
             answers['place'][:wrong] = 5
-            write_answers(answers_path(folder, name, corruption, severity), answers)
+            write_predictions(predictions_path(folder, name, corruption, severity), answers)
 
 
 def test_summary_by_hand(tmp_path):
@@ -83,7 +83,7 @@ def test_pictures_that_could_not_be_read_do_not_count(tmp_path):
     answers = np.zeros(100, ANSWER)
     answers['place'][:30] = 1
     answers['place'][90:] = UNREAD
-    write_answers(answers_path(tmp_path, 'a', 'fog', 3), answers)
+    write_predictions(predictions_path(tmp_path, 'a', 'fog', 3), answers)
     write_errors(tmp_path)
     (row,) = write_summary(tmp_path)
     assert row['CE_fog'] == pytest.approx(100 * 30 / 90, abs=1e-3) and row['unreadable'] == 10

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform
 
-from timm_pushpull import robustness
+from timm_pushpull.robustness import evaluate
 from timm_pushpull.cli import main
-from timm_pushpull.corruptions import corrupt
-from timm_pushpull.pictures import open_stored
-from timm_pushpull.results import UNREAD, read_answers, read_protocol
-from timm_pushpull.robustness import evaluate_robustness, stratified_indices
+from timm_pushpull.robustness.corruptions import corrupt
+from timm_pushpull.robustness.data import open_stored
+from timm_pushpull.robustness.store import UNREAD, read_predictions, read_protocol
+from timm_pushpull.robustness.evaluate import evaluate_robustness, stratified_indices
 
 pytest.importorskip('imagecorruptions')
 GEOMETRY = dict(input_size=(3, 32, 32), crop_pct=0.8, interpolation='bilinear', mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -90,7 +90,7 @@ def test_batches_workers_and_company_change_nothing(data, tmp_path):
     evaluate_robustness(models, tmp_path / 'both', dataset(data), **FEW, batch_size=5, workers=2)
     for name, model in models.items():
         evaluate_robustness({name: model}, tmp_path / name, dataset(data), **FEW)
-        together, alone = read_answers(tmp_path / 'both')[name], read_answers(tmp_path / name)[name]
+        together, alone = read_predictions(tmp_path / 'both')[name], read_predictions(tmp_path / name)[name]
         assert together.keys() == alone.keys()
         assert all(np.array_equal(together[cell], alone[cell]) for cell in alone)
 
@@ -107,7 +107,7 @@ def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
         corrupted.append((corruption, severity, index))
         return corrupt(image, corruption, severity, index, seed)
 
-    monkeypatch.setattr(robustness, 'corrupt', count)
+    monkeypatch.setattr(evaluate, 'corrupt', count)
     with pytest.raises(KeyboardInterrupt):
         evaluate_robustness(models, tmp_path / 'parts', dataset(data), **FEW, baseline='a')
     finished = set(corrupted[:42])
@@ -270,7 +270,7 @@ def test_command_tells_two_checkpoints_of_one_network_apart(data, tmp_path, caps
     arguments += ['--amp-dtype', 'bfloat16', '--checkpoint', checkpoint, checkpoint]
     arguments[1:2] = ['first=test_resnet', 'test_resnet']
     assert main(arguments) == 0
-    answers = read_answers(tmp_path / 'out')
+    answers = read_predictions(tmp_path / 'out')
     assert list(answers) == ['first', 'test_resnet']
     assert read_protocol(tmp_path / 'out')['models']['first']['precision'] == 'bfloat16'
     arguments[1] = 'test_resnet'
@@ -298,7 +298,7 @@ def test_stored_pictures_give_the_errors_of_generated_ones(data, tmp_path, kinds
     evaluate_robustness(models, tmp_path / 'generated', pictures, **FEW)
     stored = open_stored(folder, **FEW)
     evaluate_robustness(models, tmp_path / 'read', pictures, stored, **FEW, workers=1)
-    generated, read = (read_answers(tmp_path / name)['a'] for name in ('generated', 'read'))
+    generated, read = (read_predictions(tmp_path / name)['a'] for name in ('generated', 'read'))
     assert len(generated) == 5 and generated.keys() == read.keys()
     assert all(np.array_equal(generated[key], read[key]) for key in generated)
     assert len({generated[key].tobytes() for key in generated}) > 1
@@ -326,7 +326,7 @@ def test_stored_arrays(tmp_path):
     model = network()
     passes = dict(corruptions=['brightness'], severities=[1, 4])
     evaluate_robustness({'a': model}, tmp_path / 'out', stored=open_stored(tmp_path, **passes), **passes)
-    answers = read_answers(tmp_path / 'out')['a']
+    answers = read_predictions(tmp_path / 'out')['a']
     for severity in (1, 4):
         images = torch.from_numpy(shades[severity - 1]).permute(0, 3, 1, 2) / 255
         expected = model((images - 0.5) / 0.25).argmax(1)
@@ -346,7 +346,7 @@ def test_models_of_other_sizes_see_the_same_draw(data, tmp_path):
     evaluate_robustness(models, tmp_path / 'together', dataset(data), **FEW)
     for name, model in models.items():
         evaluate_robustness({name: model}, tmp_path / name, dataset(data), **FEW)
-        together, alone = read_answers(tmp_path / 'together')[name], read_answers(tmp_path / name)[name]
+        together, alone = read_predictions(tmp_path / 'together')[name], read_predictions(tmp_path / name)[name]
         assert all(np.array_equal(together[key], alone[key]) for key in alone)
 
 
@@ -367,10 +367,10 @@ def test_unreadable_pictures_are_counted_on_demand(data, tmp_path):
         {'a': network()}, tmp_path / 'out', dataset(folder), **FEW, skip_unreadable=True, workers=1
     )
     assert row['unreadable'] == 5
-    whole = read_answers(tmp_path / 'out')['a']
+    whole = read_predictions(tmp_path / 'out')['a']
     broken.unlink()
     evaluate_robustness({'a': network()}, tmp_path / 'without', dataset(folder), corruptions=[])
-    without = read_answers(tmp_path / 'without')['a']['clean', 0]
+    without = read_predictions(tmp_path / 'without')['a']['clean', 0]
     assert np.array_equal(np.delete(whole['clean', 0], 10), without) and whole['clean', 0]['place'][10] == UNREAD
 
 
@@ -379,7 +379,7 @@ def test_the_answers_are_the_classes_that_the_model_gives(data, tmp_path):
     evaluate_robustness({'a': model}, tmp_path, pictures, corruptions=[])
     transform = create_transform(**GEOMETRY, is_training=False)
     logits = torch.cat([model(transform(pictures[index][0])[None]) for index in range(len(pictures))])
-    answers = read_answers(tmp_path)['a']['clean', 0]
+    answers = read_predictions(tmp_path)['a']['clean', 0]
     assert answers['answer'].tolist() == logits.argmax(1).tolist()
     ranks = logits.argsort(1, descending=True) == torch.tensor([pictures[i][1] for i in range(len(pictures))])[:, None]
     assert answers['place'].tolist() == ranks.int().argmax(1).tolist()

@@ -15,8 +15,8 @@ import timm
 import torch
 from PIL import Image
 
-from timm_pushpull.pictures import find_class_map
-from timm_pushpull.recipes import list_recipes, recipe_path
+from timm_pushpull.robustness.data import find_class_map
+from timm_pushpull.hub.recipes import list_recipes, recipe_path
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 pytestmark = pytest.mark.skipif(

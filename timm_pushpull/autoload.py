@@ -40,7 +40,7 @@ def autoload() -> None:
 def _register() -> None:
     try:
         # The import system runs the registrations once, whatever the number of calls and threads.
-        importlib.import_module('timm_pushpull.pushpull_resnet')
+        importlib.import_module('timm_pushpull.models.pushpull_resnet')
     except Exception as error:
         _warn(error)
 

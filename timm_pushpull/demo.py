@@ -16,9 +16,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
 
-from .files import write_whole
-from .report import write_report
-from .robustness import evaluate_robustness
+from .files import atomic_write
+from .robustness.report import write_report
+from .robustness.evaluate import evaluate_robustness
 
 __all__ = ['DemoResult', 'run_demo']
 
@@ -37,7 +37,7 @@ class DemoResult(NamedTuple):
     """Measures of the networks, and the page that shows them."""
 
     rows: list[dict[str, Any]]
-    """Those of :func:`timm_pushpull.results.summarize`."""
+    """Those of :func:`timm_pushpull.robustness.store.summarize`."""
     report: Path
 
 
@@ -71,7 +71,7 @@ def run_demo(folder: str | os.PathLike[str], epochs: int = 8, test_digits: int =
             models[name].load_state_dict(load_file(weights))
         else:
             _train(models[name], name, folder / 'digits', epochs)
-            write_whole(weights, save(models[name].state_dict()))
+            atomic_write(weights, save(models[name].state_dict()))
     rows = evaluate_robustness(
         models,
         folder / 'results',
@@ -95,7 +95,7 @@ def _write_digits(folder: Path) -> None:
             content = io.BytesIO()
             picture = Image.fromarray((pixels * (255 / 16)).astype('uint8'))
             picture.resize((32, 32), Image.Resampling.BILINEAR).save(content, 'png')
-            write_whole(path, content.getvalue())
+            atomic_write(path, content.getvalue())
 
 
 def _train(model: nn.Module, name: str, digits: Path, epochs: int) -> None:

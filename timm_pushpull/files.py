@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-__all__ = ['write_whole']
+__all__ = ['atomic_write']
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file under another name in its folder, made where missing, and rename it when it is complete.
 
     Args:

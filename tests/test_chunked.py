@@ -1,0 +1,141 @@
+"""The fast version against the equation: as accurate in every precision, seen through by everything around it."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from accuracy import FLOOR, GEOMETRIES, Errors, differentiate, draw
+
+from timm_pushpull import PushPullConv2d, push_pull_conv2d
+from timm_pushpull.ops import chunked, custom_op, push_pull
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('window', [0, 3, 5])
+@pytest.mark.parametrize('offset', [0, 20])
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+@pytest.mark.parametrize(
+    'dtype, autocast',
+    [
+        (torch.float64, None),
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+    ids=str,
+)
+def test_as_accurate_as_the_reference(dtype, autocast, geometry, offset, window, memory_format, monkeypatch):
+    images = 3 if autocast is None else 12
+    # several chunks, of several images where they are small
+    monkeypatch.setattr(chunked, 'CHUNK_BYTES', 8_000 * images // 3)
+    errors = Errors()
+    for _ in range(4):
+        drawn = [tensor.to(dtype) for tensor in draw(geometry, window, offset, images, memory_format)]
+        ours, theirs = (differentiate(way, *drawn, geometry, window, autocast) for way in ('fast', 'reference'))
+        errors.add(ours, theirs, differentiate('reference', *map(torch.Tensor.double, drawn), geometry, window))
+    errors.check(floor={torch.float64: 1e-12, torch.float32: FLOOR[offset]}.get(autocast or dtype, 0))
+
+
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_negated_pull_kernel(geometry):
+    drawn = [tensor.double() for tensor in draw(geometry, 3, 0, 3, torch.contiguous_format)]
+    ways = ('fast', 'reference')
+    ours, theirs = (differentiate(way, *drawn, geometry, 3, pull_kernel='negated') for way in ways)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_empty_and_single():
+    layer = PushPullConv2d(3, 8, 3, implementation='fast')
+    assert layer(torch.randn(0, 3, 9, 9)).shape == (0, 8, 7, 7)
+    layer(torch.randn(1, 3, 3, 3)).sum().backward()
+    reference = copy.deepcopy(layer)
+    reference.implementation = 'reference'
+    x = torch.randn(1, 3, 3, 3)
+    torch.testing.assert_close(layer(x), reference(x))
+
+
+def test_what_runs_where(monkeypatch):
+    """The fast version, wherever its conditions hold."""
+    ran = []
+    monkeypatch.setattr(push_pull, 'push_pull_conv2d_operator', lambda *arguments: ran.append('fast') or torch.zeros(1))
+    layer, x = PushPullConv2d(3, 8, 3), torch.randn(2, 3, 9, 9)
+
+    def runs(layer, x):
+        ran.clear()
+        layer(x)
+        return ran == ['fast']
+
+    assert runs(layer, x) and runs(layer.eval(), x) and runs(layer.to(memory_format=torch.channels_last), x)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert runs(layer, x)
+    assert not runs(layer, x[0])
+    assert not runs(layer.to('meta'), x.to('meta'))
+    reference = PushPullConv2d(3, 8, 3, implementation='reference')
+    assert not runs(reference, x)
+    with pytest.raises(ValueError, match="implementation must be 'auto', 'fast' or 'reference', got 'quick'"):
+        push_pull_conv2d(x, reference.weight, 1.0, implementation='quick')
+
+
+def test_a_mixture_of_precisions_is_refused_as_by_a_convolution():
+    with pytest.raises(RuntimeError, match='type'):
+        PushPullConv2d(3, 8, 3)(torch.randn(2, 3, 9, 9).bfloat16())
+
+
+def test_gradients_of_gradients_vmap_and_forward_derivatives():
+    x = torch.randn(2, 2, 6, 6, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(4, 1, 3, 3, dtype=torch.double, requires_grad=True)
+    alpha = torch.rand(4, dtype=torch.double, requires_grad=True)
+
+    def unit(x, weight, alpha, implementation='auto'):
+        return push_pull_conv2d(x, weight, alpha, padding=1, groups=2, implementation=implementation)
+
+    assert torch.autograd.gradgradcheck(lambda *inputs: unit(*inputs, 'fast'), (x, weight, alpha))
+    one_by_one = torch.func.vmap(lambda image: unit(image.unsqueeze(0), weight, alpha)[0])(x)
+    torch.testing.assert_close(one_by_one, unit(x, weight, alpha))
+    tangent = torch.randn_like(x)
+    _, ours = torch.func.jvp(lambda x: unit(x, weight, alpha), (x,), (tangent,))
+    _, theirs = torch.func.jvp(lambda x: unit(x, weight, alpha, 'reference'), (x,), (tangent,))
+    torch.testing.assert_close(ours, theirs)
+    gradient = torch.func.grad(lambda weight: unit(x, weight, alpha).square().sum())(weight)
+    torch.testing.assert_close(gradient, torch.autograd.grad(unit(x, weight, alpha).square().sum(), weight)[0])
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason='needs a C++ compiler')
+def test_compiled_it_is_one_node():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    layer, x = PushPullConv2d(3, 8, 3).eval(), torch.randn(2, 3, 9, 9)
+    torch.compile(layer, fullgraph=True, backend=backend)(x)
+    operators = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    exporting = hasattr(torch.compiler, 'is_exporting')  # without it, a graph that is compiled may be one for export
+    assert any('timm_pushpull' in operator for operator in operators) == exporting
+    program = torch.export.export(layer, (x,))
+    assert not any('timm_pushpull' in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+def test_the_operators_keep_their_promises(memory_format):
+    x = torch.randn(3, 3, 9, 9).to(memory_format=memory_format).requires_grad_()
+    weight = torch.randn(8, 3, 3, 3).to(memory_format=memory_format).requires_grad_()
+    c, alpha = torch.randn(8, dtype=torch.double, requires_grad=True), torch.rand(8, requires_grad=True)
+    geometry = [1, 1, 1, 1, 1, 1, 1, 3]
+    tests = ('test_schema', 'test_faketensor', 'test_autograd_registration')
+    torch.library.opcheck(push_pull.push_pull_conv2d_operator, (x, weight, c, alpha, geometry, torch.float32), test_utils=tests)
+    inputs = [tensor.detach() for tensor in (torch.randn(3, 8, 9, 9), x, weight, c, alpha)]
+    for needs_input in (True, False):
+        torch.library.opcheck(custom_op.push_pull_conv2d_backward, (*inputs, geometry, needs_input), test_utils=tests[:2])
+
+
+def test_nothing_is_kept_for_the_backward_pass():
+    kept = []
+    layer, x = PushPullConv2d(3, 8, 3), torch.randn(2, 3, 32, 32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        response = layer(x)
+    assert max(tensor.numel() for tensor in kept) == x.numel() < response.numel()

@@ -1,0 +1,149 @@
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import IterableDataset
+
+from timm_pushpull.robustness.data import DatasetImages, UnreadableImage, find_class_map, open_stored
+
+WNIDS = ['n01440764', 'n02102040', 'n02979186']
+
+
+def write_images(folder, shades, suffix='.png'):
+    """Two pictures of each class, of one shade."""
+    for wnid in WNIDS:
+        for index in range(2):
+            path = folder / wnid / f'{wnid}_{index}{suffix}'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('L', (40, 36), shades(wnid, index)).save(path)
+    return folder
+
+
+def shade(wnid, index):
+    return 20 * WNIDS.index(wnid) + index
+
+
+def shown(pictures, *of):
+    return [pictures.image(*of, place).getpixel((0, 0)) for place in range(len(pictures.targets))]
+
+
+SHADES = [(value,) * 3 for value in (0, 1, 20, 21, 40, 41)]
+
+
+def test_image_folders(tmp_path):
+    pictures = DatasetImages(create_dataset('', root=str(write_images(tmp_path / 'val', shade))))
+    assert (pictures.targets, pictures.classes) == ([0, 0, 1, 1, 2, 2], WNIDS)
+    assert pictures.names[3] == 'n02102040/n02102040_1.png' and shown(pictures) == SHADES
+
+
+def test_class_map_that_joins_and_leaves_gaps(tmp_path):
+    class_map = {'n01440764': 4, 'n02979186': 4, 'n01': 2}
+    root = str(write_images(tmp_path, shade))
+    pictures = DatasetImages(create_dataset('', root=root, class_map=class_map))
+    assert pictures.targets == [4, 4, 4, 4] and pictures.classes == ['', '', 'n01', '', 'n01440764']
+
+
+def test_tar(tmp_path):
+    with tarfile.open(tmp_path / 'val.tar', 'w') as tar:
+        tar.add(write_images(tmp_path / 'val', shade), '.')
+    pictures = DatasetImages(create_dataset('', root=str(tmp_path / 'val.tar')))
+    assert (pictures.targets, pictures.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shown(pictures) == SHADES
+
+
+def test_torchvision(tmp_path):
+    dataset = torchvision.datasets.ImageFolder(write_images(tmp_path, shade))
+    pictures = DatasetImages(dataset)
+    assert (pictures.targets, pictures.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shown(pictures) == SHADES
+    (tmp_path / 'n02102040' / 'n02102040_0.png').write_text('not a picture')
+    with pytest.raises(UnreadableImage, match='2 cannot be read: cannot identify image file'):
+        pictures.image(2)
+
+
+def test_hugging_face_datasets(tmp_path):
+    pytest.importorskip('datasets')
+    root = write_images(tmp_path / 'data' / 'test', shade).parent
+    dataset = create_dataset(f'hfds/{root}', root=str(tmp_path / 'cache'), split='test')
+    pictures = DatasetImages(dataset)
+    assert (pictures.targets, pictures.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shown(pictures) == SHADES
+
+
+def test_streams_are_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(ValueError, match='got Stream, which streams them'):
+        DatasetImages(Stream())
+
+
+@pytest.mark.parametrize('kind', ['', 'digital'])
+def test_stored_folders(tmp_path, kind):
+    for severity in (1, 2):
+        folder = tmp_path / kind / 'contrast' / str(severity)
+        write_images(folder, lambda wnid, index, severity=severity: 100 * severity + index, '.JPEG')
+    stored = open_stored(tmp_path, ['contrast'], [1, 2])
+    assert (stored.targets, stored.classes) == ([0, 0, 1, 1, 2, 2], WNIDS)
+    assert [value for value, *_ in shown(stored, 'contrast', 2)] == [200, 201] * 3
+    (tmp_path / kind / 'contrast' / '2' / 'n02102040' / 'n02102040_0.JPEG').unlink()
+    with pytest.raises(UnreadableImage, match='contrast/2/n02102040/n02102040_0.JPEG cannot be read'):
+        stored.image('contrast', 2, 2)
+    with pytest.raises(ValueError, match=f'{tmp_path} lacks contrast/3, fog: name'):
+        open_stored(tmp_path, ['contrast', 'fog'], [2, 3])
+
+
+def test_stored_folders_of_a_class_list(tmp_path):
+    write_images(tmp_path / 'fog' / '1', shade)
+    (tmp_path / 'list.txt').write_text('n02979186\nn01440764\n')
+    stored = open_stored(tmp_path, ['fog'], [1], class_map=str(tmp_path / 'list.txt'))
+    assert (stored.targets, stored.classes) == ([1, 1, 0, 0], ['n02979186', 'n01440764'])
+    assert shown(stored, 'fog', 1) == [SHADES[place] for place in (0, 1, 4, 5)]
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    """Four pictures at five severities, as CIFAR-10-C is published."""
+    np.save(tmp_path / 'labels.npy', np.tile(np.array([3, 1, 0, 2], np.uint8), 5))
+    np.save(tmp_path / 'fog.npy', np.arange(20, dtype=np.uint8).repeat(32 * 32 * 3).reshape(20, 32, 32, 3))
+    return tmp_path
+
+
+def test_stored_arrays(arrays):
+    stored = open_stored(arrays, ['fog'], [1, 3])
+    assert stored.targets == [3, 1, 0, 2] and len(stored.classes) == 4
+    assert shown(stored, 'fog', 3) == [(value,) * 3 for value in (8, 9, 10, 11)]
+
+
+def test_stored_arrays_that_are_not_right_are_refused(arrays):
+    with pytest.raises(ValueError, match='lacks contrast.npy'):
+        open_stored(arrays, ['fog', 'contrast'], [1])
+    with pytest.raises(ValueError, match='class_map chooses among folders'):
+        open_stored(arrays, ['fog'], [1], 'list.txt')
+    np.save(arrays / 'fog.npy', np.zeros((19, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match='fog.npy must hold 20 RGB pictures of 8 bits'):
+        open_stored(arrays, ['fog'], [1])
+    np.save(arrays / 'labels.npy', np.arange(20))
+    with pytest.raises(ValueError, match='labels.npy must hold the same classes five times'):
+        open_stored(arrays, ['fog'], [1])
+
+
+def test_a_stored_folder_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='stored must be a folder of corruptions'):
+        open_stored(tmp_path / 'missing', ['fog'], [1])
+
+
+@pytest.mark.parametrize('size', [100, 200])
+def test_class_lists(size, shared):
+    with open(find_class_map(f'imagenet_{size}')) as file:
+        assert file.read().split() == json.loads((shared / f'reference/imagenet_{size}_wnids.json').read_text())
+
+
+def test_find_class_map(tmp_path):
+    (tmp_path / 'map.txt').write_text('a')
+    assert find_class_map('') == ''
+    assert find_class_map('map.txt', str(tmp_path)) == find_class_map(str(tmp_path / 'map.txt'))
+    with pytest.raises(ValueError, match="one of imagenet_100, imagenet_200, got 'imagenet_300'"):
+        find_class_map('imagenet_300')

@@ -1,0 +1,128 @@
+"""The GPU's kernels against the equation; without a GPU, small ones in Triton's interpreter."""
+
+import pytest
+import torch
+from accuracy import FLOOR, GEOMETRIES, Errors, differentiate, draw
+
+from timm_pushpull import PushPullConv2d
+from timm_pushpull.layers.stem import use_chunks
+
+pytest.importorskip('triton')
+from timm_pushpull.ops import triton as push_pull_triton
+
+CUDA = torch.cuda.is_available()
+DEVICE = 'cuda' if CUDA else 'cpu'
+
+
+def by_kernels(x, weight, alpha, gradient, geometry, window, dtype):
+    """The output, and the gradients of weight, alpha and input."""
+    x, weight, alpha, gradient = (tensor.to(DEVICE) for tensor in (x, weight, alpha, gradient))
+    alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
+    numbers = operator_geometry(geometry, window)
+    weight.requires_grad_()
+    wide = weight.double()
+    c = wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
+    with torch.no_grad():
+        output = push_pull_triton.push_pull(x, weight, c, alpha, numbers, dtype)
+        of_input, of_weight, of_c, of_alpha = push_pull_triton.push_pull_backward(
+            gradient.to(dtype), x, weight, c, alpha, numbers, True
+        )
+    assert (output.dtype, of_input.dtype, of_weight.dtype) == (dtype, x.dtype, weight.dtype)
+    return output, of_weight + torch.autograd.grad(c, weight, of_c)[0], of_alpha, of_input
+
+
+def operator_geometry(geometry, window):
+    *_, stride, padding, dilation, groups, _ = GEOMETRIES[geometry]
+    return [*stride, *padding, *dilation, groups, max(window, 1)]
+
+
+@pytest.mark.parametrize(
+    'offset, memory_format', [(20, torch.contiguous_format), (0, torch.channels_last)], ids=['nchw', 'nhwc']
+)
+@pytest.mark.parametrize(
+    'geometry, window, dtype, autocast',
+    [
+        ('imagenet', 3, torch.float32, None),
+        ('cifar', 5, torch.float32, None),
+        ('cifar', 0, torch.float32, None),
+        ('groups', 3, torch.float32, None),
+        ('depthwise', 3, torch.float32, None),
+        ('line', 5, torch.float32, None),
+        ('imagenet', 3, torch.float64, None),
+        ('imagenet', 3, torch.bfloat16, None),
+        ('imagenet', 3, torch.float16, None),
+        ('imagenet', 3, torch.float32, torch.bfloat16),
+        ('imagenet', 3, torch.float32, torch.float16),
+        ('groups', 3, torch.float32, torch.float16),
+    ],
+    ids=str,
+)
+def test_as_accurate_as_the_reference(geometry, window, dtype, autocast, offset, memory_format, monkeypatch):
+    monkeypatch.setattr(
+        push_pull_triton, 'conv_dtype', lambda *_: autocast or torch.promote_types(dtype, torch.float32)
+    )
+    errors = Errors()
+    for _ in range(4):
+        images = 64 if CUDA else 2
+        drawn = [tensor.to(dtype) for tensor in draw(geometry, window, offset, images, memory_format)]
+        ours = by_kernels(*drawn, geometry, window, autocast or dtype)
+        theirs = differentiate('reference', *drawn, geometry, window, autocast)
+        errors.add(ours, theirs, differentiate('reference', *map(torch.Tensor.double, drawn), geometry, window))
+    dtype = autocast or dtype
+    # Triton's interpreter cuts off where it should round to bfloat16, always towards zero.
+    factor = 4 if dtype == torch.bfloat16 and not CUDA else 2
+    errors.check(factor, floor={torch.float64: 1e-12, torch.float32: FLOOR[offset]}.get(dtype, 2e-4))
+
+
+def test_where_the_input_needs_no_gradient():
+    x, weight, alpha, gradient = draw('imagenet', 3, 0, 2, torch.channels_last)
+    tensors = [tensor.to(DEVICE) for tensor in (gradient, x, weight, weight.double().sum((1, 2, 3)), alpha)]
+    _, *others = push_pull_triton.push_pull_backward(*tensors, operator_geometry('imagenet', 3), True)
+    nothing, *same = push_pull_triton.push_pull_backward(*tensors, operator_geometry('imagenet', 3), False)
+    assert nothing.numel() == 0 and all(map(torch.equal, others, same))
+
+
+def test_nothing_in_nothing_out():
+    x, weight, alpha = torch.empty(0, 3, 9, 9, device=DEVICE), torch.randn(8, 3, 3, 3), torch.rand(8)
+    weight, c, alpha = weight.to(DEVICE), torch.randn(8, device=DEVICE).double(), alpha.to(DEVICE)
+    geometry = [1, 1, 0, 0, 1, 1, 1, 3]
+    output = push_pull_triton.push_pull(x, weight, c, alpha, geometry, torch.float32)
+    assert output.shape == (0, 8, 7, 7)
+    gradients = push_pull_triton.push_pull_backward(output, x, weight, c, alpha, geometry, True)
+    assert [gradient.shape for gradient in gradients] == [x.shape, weight.shape, c.shape, alpha.shape]
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_what_is_not_a_number_stays_so():
+    x = torch.randn(1, 3, 9, 9, device=DEVICE)
+    x[0, 0, 4, 4] = float('nan')
+    weight, alpha = torch.randn(4, 3, 3, 3, device=DEVICE), torch.rand(4, device=DEVICE)
+    c = torch.ones(4, dtype=torch.double, device=DEVICE)
+    output = push_pull_triton.push_pull(x, weight, c, alpha, [1, 1, 1, 1, 1, 1, 1, 3], torch.float32)
+    expected = torch.zeros(9, 9, dtype=torch.bool)
+    expected[2:7, 2:7] = True  # what the kernel sees of it, and the window around that
+    assert torch.equal(output[0, 0].isnan().cpu(), expected)
+
+
+@pytest.mark.skipif(not CUDA, reason='needs a GPU')
+@pytest.mark.parametrize('torchcompile', [False, True], ids=['eager', 'compiled'])
+@pytest.mark.parametrize('amp', [False, True], ids=['float32', 'bfloat16'])
+def test_layer_on_cuda(amp, torchcompile):
+    layer = PushPullConv2d(3, 64, 7, stride=2, padding=3).cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 64, 64, device='cuda').to(memory_format=torch.channels_last)
+    found = []
+    for implementation in ('fast', 'reference', 'auto'):
+        layer.implementation = implementation
+        call = torch.compile(layer, fullgraph=True) if torchcompile else layer
+        with torch.autocast('cuda', torch.bfloat16, enabled=amp):
+            output = call(x)
+        found.append([output, *torch.autograd.grad(output.float().square().sum(), list(layer.parameters()))])
+    tolerance = dict(rtol=5e-2, atol=5e-2) if amp else dict(rtol=1e-2, atol=1e-3)  # cuDNN may take TF32
+    for ours, theirs in zip(*found[:2], strict=True):
+        scale = theirs.abs().max()
+        torch.testing.assert_close(ours / scale, theirs / scale, **tolerance, check_dtype=False)
+    assert all(map(torch.equal, found[1], found[2]))  # off unless it is asked for
+    stem = [layer, torch.nn.BatchNorm2d(64).cuda(), torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1)]
+    layer.implementation = 'fast'
+    with torch.no_grad():
+        assert not use_chunks([part.eval() for part in stem], x.repeat(64, 1, 1, 1))

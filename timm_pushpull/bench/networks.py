@@ -1,0 +1,104 @@
+"""Benchmark of the push-pull networks: time and memory beside timm's networks and the published formulation."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.models import create_model
+from torch import Tensor
+
+from .timing import Comparison, compare
+
+__all__ = ['bench_networks']
+
+FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
+
+
+def bench_networks(
+    networks: Sequence[str] = ('resnet18', 'resnet50'),
+    batch_size: int = 16,
+    img_size: int = 224,
+    rounds: int = 6,
+    device: str = 'cpu',
+    amp: bool = False,
+    torchcompile: bool = False,
+) -> Iterator[Comparison]:
+    """Compare push-pull networks with timm's, in both memory formats, inference and training.
+
+    The stem is compared alone too: convolution, BatchNorm, ReLU and max-pool. On a GPU the kernels of
+    :mod:`timm_pushpull.ops.triton` are measured, which do not run there unless they are asked for.
+
+    Args:
+        networks: Names of timm's plain networks, whose push-pull ones are called ``pp_...``.
+        batch_size: Images at a time.
+        img_size: Their side, in pixels.
+        rounds: Alternations.
+        device: Where the networks run.
+        amp: In bfloat16 by autocast, instead of float32.
+        torchcompile: Compiled, instead of eager.
+
+    Yields:
+        One comparison after the other.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+    for argument, value in (('batch_size', batch_size), ('img_size', img_size), ('rounds', rounds)):
+        if value < 1:
+            raise ValueError(f'{argument} must be at least 1, got {value}.')
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    for name in networks:
+        models: dict[str, Any] = {
+            'plain': create_model(name),
+            'ours': create_model(f'pp_{name}'),
+            'reference': create_model(f'pp_{name}', alpha=0.5),
+        }
+        for way, implementation in (('ours', 'fast'), ('reference', 'reference')):
+            models[way].conv1.implementation = implementation
+        parts = {'stem': {way: _Stem(model) for way, model in models.items()}} if name == networks[0] else {}
+        for what, modules in {**parts, name: models}.items():
+            for memory_format in FORMATS:
+                for use in ('inference', 'training'):
+                    torch.compiler.reset()  # it compiles one piece of code for a limited number of networks only
+                    calls = {
+                        way: _call(module, images, FORMATS[memory_format], use == 'training', amp, torchcompile)
+                        for way, module in modules.items()
+                    }
+                    precision = 'bfloat16' if amp else 'float32'
+                    yield compare(calls, device, rounds, what, use, memory_format, precision, torchcompile)
+
+
+class _Stem(nn.Module):
+    """What comes before the first stage of a network, alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        for stage in ('layer1', 'layer2', 'layer3', 'layer4', 'fc'):
+            setattr(self.model, stage, nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.forward_features(x)
+
+
+def _call(
+    module: nn.Module, images: Tensor, memory_format: torch.memory_format, training: bool, amp: bool, torchcompile: bool
+) -> Callable[[], None]:
+    layout: Any = dict(memory_format=memory_format)
+    module = copy.deepcopy(module).to(images.device).to(**layout).train(training)
+    images = images.to(memory_format=memory_format)
+    network: Any = torch.compile(module, fullgraph=True) if torchcompile else module
+
+    def infer() -> None:
+        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            network(images)
+
+    def train() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            output = network(images)
+        output.backward(torch.ones_like(output))
+        module.zero_grad()
+
+    return train if training else infer

@@ -1,0 +1,49 @@
+"""The command ``timm-pushpull``: parses, calls, prints. One module for each command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import bench, demo, figures, hub, import_original, recipes, report, robustness
+from .arguments import Parser
+
+__all__ = ['main']
+
+COMMANDS = (demo, robustness, report, recipes, figures, import_original, hub, bench)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments after the program's name; None for those of the process.
+
+    Returns:
+        Exit status: 0; 2 after one line that says what is wrong; 130 after an interruption.
+    """
+    from .. import __version__
+
+    parser = Parser(
+        prog='timm-pushpull',
+        description='Push-pull networks for timm: train them, measure their robustness, publish their weights.',
+        epilog='timm-pushpull COMMAND --help explains a command.',
+    )
+    parser.add_argument('--version', action='version', version=__version__)
+    commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
+    for command in COMMANDS:
+        command.add_to(commands)
+
+    args: argparse.Namespace = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print('timm-pushpull: interrupted. Finished work is kept: the same command continues it.', file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        kind = type(error)
+        # An error of a worker process holds the worker's traceback, whose last line is the message.
+        *_, message = [kind.__name__, *str(error).strip().splitlines()]
+        message = message.removeprefix(f'{kind.__module__}.').removeprefix(f'{kind.__name__}: ')
+        print(f'timm-pushpull: {message}', file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,56 @@
+"""Arguments that several commands share."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+__all__ = ['Parser', 'add_dataset_arguments', 'add_model_arguments', 'dataset_options', 'model_options']
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses wrong arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+
+
+def add_model_arguments(group: Any, checkpoint_help: str, **checkpoint: Any) -> None:
+    """Add the options that :func:`timm_pushpull.load_model` takes."""
+    group.add_argument('--checkpoint', metavar='FILE', help=checkpoint_help, **checkpoint)
+    group.add_argument('--use-ema', action='store_true', help='load the EMA weights of a checkpoint')
+    group.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=_ParseKwargs, metavar='NAME=VALUE', help='model arguments'
+    )
+    group.add_argument('--num-classes', type=int, metavar='N', help='number of classes')
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of :func:`add_model_arguments` but the checkpoint, for ``load_model``."""
+    return dict(use_ema=args.use_ema, num_classes=args.num_classes, **args.model_kwargs)
+
+
+def add_dataset_arguments(group: Any, data_dir_help: str) -> None:
+    """Add the options that :func:`timm_pushpull.open_dataset` takes."""
+    group.add_argument('--data-dir', metavar='DIR', help=data_dir_help)
+    group.add_argument('--dataset', metavar='NAME', help='type of the dataset, as in validate.py (image folder)')
+    group.add_argument('--split', default='validation', metavar='NAME', help='split of the dataset (%(default)s)')
+    group.add_argument(
+        '--class-map', default='', metavar='FILE', help='as in validate.py, or imagenet_100 or imagenet_200'
+    )
+
+
+def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of :func:`add_dataset_arguments`, for ``open_dataset``."""
+    return dict(data_dir=args.data_dir, name=args.dataset or '', split=args.split, class_map=args.class_map)
+
+
+class _ParseKwargs(argparse.Action):
+    """timm's own action, imported where it is used: timm takes seconds to import."""
+
+    def __call__(self, *args: Any) -> None:
+        from timm.utils import ParseKwargs
+
+        values: Sequence[str] = args[2]
+        if wrong := [value for value in values if value and '=' not in value]:
+            raise argparse.ArgumentError(self, f'must be NAME=VALUE, got {wrong[0]!r}')
+        ParseKwargs(self.option_strings, self.dest)(*args)

@@ -1,0 +1,93 @@
+"""``timm-pushpull hub``."""
+
+import argparse
+from typing import Any
+
+from .arguments import add_dataset_arguments, dataset_options
+
+
+def add_to(commands: Any) -> None:
+    hub = commands.add_parser(
+        'hub',
+        help='export, check and push models for the Hugging Face Hub',
+        description='Turn a checkpoint into a model folder, check the folder, and push it to the Hugging Face Hub.',
+    )
+    actions = hub.add_subparsers(required=True, metavar='ACTION', title='actions')
+
+    export = actions.add_parser('export', help='turn a checkpoint of train.py into a model folder')
+    export.add_argument('checkpoint', metavar='CHECKPOINT', help='with the args.yaml of its run beside it')
+    export.add_argument('--tag', required=True, metavar='NAME', help='architecture.tag, such as pp_resnet18.pp3_in1k')
+    export.add_argument('--org', metavar='NAME', help='organisation or user on the Hub, for the model card')
+    export.add_argument('--output', default='hub_configs', metavar='FOLDER', help='parent of the folder (%(default)s)')
+    export.add_argument('--results', metavar='FOLDER', help='results of timm-pushpull robustness, for the model card')
+    export.add_argument('--use-ema', action='store_true', help='export the EMA weights of the checkpoint')
+    export.add_argument(
+        '--dtype', default='float32', choices=('float32', 'float16', 'bfloat16'), help='of the weights (%(default)s)'
+    )
+    export.add_argument(
+        '--workers', type=int, default=2, metavar='N', help='processes that decode images (%(default)s)'
+    )
+    add_dataset_arguments(export, 'clean images: names of the classes, and what rounding the weights changes')
+    export.set_defaults(run=run_export)
+
+    check = actions.add_parser('check', help='build, load, run and compare a model folder')
+    check.add_argument('folders', nargs='*', metavar='FOLDER', help='(all folders of this package)')
+    check.set_defaults(run=run_check)
+
+    push = actions.add_parser('push', help='upload a model folder to the Hub')
+    push.add_argument('folder', metavar='FOLDER')
+    push.add_argument('--org', required=True, metavar='NAME', help='organisation or user on the Hub')
+    push.add_argument('--private', action='store_true', help='make a new repository private')
+    push.add_argument('--revision', metavar='TAG', help='git tag for the uploaded commit')
+    push.add_argument('--yes', action='store_true', help='upload without asking')
+    push.set_defaults(run=run_push)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..hub.export import export_checkpoint
+    from ..hub.registry import HUB_ORG
+    from ..robustness.inputs import open_dataset
+
+    folder = export_checkpoint(
+        args.checkpoint,
+        args.tag,
+        args.output,
+        results=args.results,
+        use_ema=args.use_ema,
+        dtype=getattr(torch, args.dtype),
+        dataset=open_dataset(**dataset_options(args)) if args.data_dir or args.dataset else None,
+        org=args.org or HUB_ORG,
+        workers=args.workers,
+        progress=True,
+    )
+    print(folder)
+
+
+def run_check(args: argparse.Namespace) -> None:
+    from ..hub.check import check_folder
+    from ..hub.registry import CONFIG, hub_configs
+
+    wrong = []
+    for folder in args.folders or sorted(path.parent for path in hub_configs().glob(f'*/{CONFIG}')):
+        try:
+            print(f'{folder}: {check_folder(folder)}')
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError(' '.join(wrong))
+
+
+def run_push(args: argparse.Namespace) -> None:
+    from ..hub.push import push_folder
+
+    def confirm(question: str) -> bool:
+        print(question)
+        try:
+            return args.yes or input('Upload? [y/N] ').strip().lower() in ('y', 'yes')
+        except EOFError:  # no terminal to answer from
+            return False
+
+    commit = push_folder(args.folder, args.org, confirm, args.private, args.revision)
+    print(commit or 'Nothing was uploaded.')

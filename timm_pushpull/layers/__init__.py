@@ -1,0 +1,1 @@
+"""The push-pull layer, the contrast normalization before it, and the stem of a network in one piece of work."""

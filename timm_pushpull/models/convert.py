@@ -1,0 +1,62 @@
+"""Puts the push-pull unit in place of the first convolution of any timm model."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch.nn as nn
+from torch import Tensor
+
+from ..layers.push_pull import PushPullConv2d
+
+__all__ = ['convert_to_push_pull']
+
+ModelT = TypeVar('ModelT', bound=nn.Module)
+
+
+def convert_to_push_pull(
+    model: ModelT,
+    avg_pool_size: int = 3,
+    alpha: float | Sequence[float] | Tensor | None = None,
+    trainable_alpha: bool = True,
+    pull_kernel: str = 'inverted',
+) -> ModelT:
+    """Replace the first convolution of a timm model by a push-pull unit that keeps its weights.
+
+    The first convolution is the one that timm names in ``model.pretrained_cfg['first_conv']``; where it names several,
+    each is replaced. The settings are those of :class:`~timm_pushpull.PushPullConv2d`.
+
+    Args:
+        model: Model made by ``timm.create_model``; changed in place.
+        avg_pool_size: Side of the window that averages the pull response, an odd number of output pixels; 0 for no
+            averaging.
+        alpha: Inhibition strength; with ``trainable_alpha`` its initial value, None for uniform on [0, 1).
+        trainable_alpha: Train one alpha for each output channel; False keeps the given number.
+        pull_kernel: 'inverted', the paper's, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the model has no such convolution, or one that does more than ``nn.Conv2d``; or as
+            :class:`~timm_pushpull.PushPullConv2d`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'model must be made by timm.create_model, got {model!r}.')
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    name = cfg.get('architecture') or type(model).__name__
+    first_conv = cfg.get('first_conv')
+    if not first_conv:
+        raise ValueError(f"{name} cannot be converted: timm names no first convolution (pretrained_cfg['first_conv']).")
+    layers = {}
+    for path in [first_conv] if isinstance(first_conv, str) else first_conv:
+        try:
+            conv = model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f'{name} cannot be converted: it has no module {path!r}.') from None
+        if type(conv) is not nn.Conv2d:
+            raise ValueError(f'{name} cannot be converted: {path} is a {type(conv).__name__}, not an nn.Conv2d.')
+        layers[path] = PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
+        layers[path]._forward_pre_hooks.update(conv._forward_pre_hooks)  # such as contrast_norm's
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+    return model

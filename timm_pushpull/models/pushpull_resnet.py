@@ -1,0 +1,335 @@
+"""Push-pull ResNets: timm's ResNet with a push-pull unit as its first convolution.
+
+Paper: `PushPull-Net: Inhibition-driven ResNet robust to image corruptions` - https://arxiv.org/abs/2408.04077
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import BlurPool2d
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from ..augment.in_model import augment_in_training
+from ..layers.contrast_norm import add_contrast_norm
+from ..hub.registry import fetch_weights, hub_configs, read_hub_models
+from ..augment.prime import PRIME
+from .original import allow_paths_in_checkpoints, rename_original
+from ..layers.push_pull import PushPullConv2d
+from ..layers.stem import use_chunks, stem_in_chunks
+
+__all__ = ['PushPullResNet']
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+class PushPullResNet(ResNet):
+    """ResNet whose first convolution is a :class:`~timm_pushpull.PushPullConv2d`.
+
+    Args:
+        *args: As timm's ``ResNet``.
+        push_pull: Put the unit in place; False leaves the plain convolution, for a baseline alike in all else.
+        avg_pool_size: Side of the window that averages the pull response, an odd number of pixels of the stem's
+            output; 0 for no averaging.
+        alpha: Inhibition strength; with ``trainable_alpha`` its initial value, None for uniform on [0, 1).
+        trainable_alpha: Train one alpha for each output channel of the stem; False keeps the given number.
+        pull_kernel: 'inverted', the paper's, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
+        stem_type: As timm's ``ResNet`` ('', 'deep', 'deep_tiered'), or 'cifar' for images of about 32x32: 3x3,
+            stride 1, no max-pool, so that every feature map is four times as large on a side as that of ``''``.
+        output_stride: Stride of the last feature map: 32, 16 or 8, with the 'cifar' stem 8, 4 or 2.
+        aa_layer: Anti-aliasing, as timm's ``ResNet``, or by a name: 'blur' or 'avg'.
+        contrast_norm: Subtract each image's mean and divide by its standard deviation, over pixels and channels, before
+            the stem, see :func:`~timm_pushpull.layers.contrast_norm.normalize_contrast`.
+        augment: 'prime' augments each batch by :class:`~timm_pushpull.PRIME` in training mode, with its settings for
+            32x32 under the 'cifar' stem and those for ImageNet otherwise; None for no augmentation.
+        **kwargs: As timm's ``ResNet``.
+
+    Raises:
+        ValueError: As :class:`~timm_pushpull.PushPullConv2d`, if the stride does not exist with the 'cifar' stem, or if
+            the anti-aliasing does not exist.
+    """
+
+    __jit_unused_properties__ = ['_model_args']
+
+    def __init__(
+        self,
+        *args: Any,
+        push_pull: bool = True,
+        avg_pool_size: int = 3,
+        alpha: float | Sequence[float] | None = None,
+        trainable_alpha: bool = True,
+        pull_kernel: str = 'inverted',
+        stem_type: str = '',
+        output_stride: int = 32,
+        contrast_norm: bool = False,
+        augment: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(push_pull, bool):
+            raise ValueError(f'push_pull must be True or False, got {push_pull!r}.')
+        if not isinstance(contrast_norm, bool):
+            raise ValueError(f'contrast_norm must be True or False, got {contrast_norm!r}.')
+        if augment not in (None, 'prime'):
+            raise ValueError(f"augment must be 'prime' or None, got {augment!r}.")
+        if isinstance(kwargs.get('aa_layer'), str):
+            kwargs['aa_layer'] = _aa_layer(kwargs['aa_layer'])
+        cifar = stem_type == 'cifar'
+        if cifar:
+            if output_stride not in (2, 4, 8, 16, 32):
+                raise ValueError(f"output_stride must be 8, 4 or 2 with stem_type='cifar', got {output_stride}.")
+            stem_type, output_stride = '', min(4 * output_stride, 32)
+        kwargs.update(stem_type=stem_type, output_stride=output_stride)
+        super().__init__(*args, **kwargs)
+        if cifar:
+            self._shrink_stem()
+        if push_pull:
+            name = 'conv1.0' if isinstance(self.conv1, nn.Sequential) else 'conv1'  # deep stem or a single convolution
+            conv: Any = self.get_submodule(name)
+            unit = PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
+            self.set_submodule(name, unit)
+        self.contrast_norm = contrast_norm
+        if contrast_norm:
+            add_contrast_norm(self.conv1)
+        if augment == 'prime':
+            augment_in_training(self, PRIME.cifar() if cifar else PRIME.imagenet())
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm writes to config.json to build the model anew: how it was trained is not among it."""
+        if '_model_args_to_keep' not in self.__dict__:
+            raise AttributeError('_model_args')  # as before timm 1.0.31, which never sets them
+        return self.__dict__['_model_args_to_keep']
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self.__dict__['_model_args_to_keep'] = {name: value for name, value in args.items() if name != 'augment'}
+
+    def _shrink_stem(self) -> None:
+        conv = nn.Conv2d(self.in_chans, 64, kernel_size=3, padding=1, bias=False).to(next(self.conv1.parameters()))
+        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+        self.set_submodule('conv1', conv)
+        self.set_submodule('maxpool', nn.Identity())
+        for stage in self.feature_info:
+            info: dict[str, Any] = stage
+            info['reduction'] //= 2 if info['module'] == 'act1' else 4
+
+    def extra_repr(self) -> str:
+        return 'contrast_norm=True' if self.contrast_norm else ''
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply what comes before the first stage; in inference on a CPU in pieces of the batch."""
+        if not torch.jit.is_scripting():
+            stem: Any = (self.conv1, self.bn1, self.act1, self.maxpool)
+            if use_chunks(stem, x):
+                return stem_in_chunks(stem, x)
+        return self.maxpool(self.act1(self.bn1(self.conv1(x))))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """As timm's ResNet."""
+        x = self.forward_stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[operator]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Renamed here too, because timm's `--initial-checkpoint` knows no filter function.
+        rename_original(state_dict, self, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _aa_layer(name: str) -> type[nn.Module]:
+    """What timm's ``ResNet``, unlike other models of timm, knows by its class only."""
+    layers: dict[str, type[nn.Module]] = {'blur': BlurPool2d, 'avg': nn.AvgPool2d}
+    if name not in layers:
+        raise ValueError(f'aa_layer must be a class or one of {", ".join(layers)}, got {name!r}.')
+    return layers[name]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Fit a checkpoint of this package, of timm's ResNet or of the published code to the model.
+
+    Args:
+        state_dict: Weights by name.
+        model: Network that will load them.
+
+    Returns:
+        Weights by the model's names, without alpha where the checkpoint has none.
+
+    Raises:
+        ValueError: If names are missing or left over, the classifier's aside: timm adapts that itself.
+    """
+    state_dict = dict(state_dict)
+    rename_original(state_dict, model)
+    names = model.state_dict().keys()
+    missing = [k for k in names - state_dict.keys() if not k.endswith(('.alpha', '.num_batches_tracked'))]
+    unexpected = list(state_dict.keys() - names)
+    reasons = [
+        f'{what} {", ".join(keys[:4])}{f" and {len(keys) - 4} more" if len(keys) > 4 else ""}'
+        for what, found in (('it lacks', missing), ('it has no place for', unexpected))
+        if (keys := sorted(k for k in found if not k.startswith('fc.')))
+    ]
+    if reasons:
+        raise ValueError(f'The checkpoint does not fit the model: {"; ".join(reasons)}.')
+    return state_dict
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'license': 'apache-2.0',
+        'origin_url': 'https://github.com/bgswaroop/pushpull-conv',
+        'paper_name': 'PushPull-Net: Inhibition-driven ResNet robust to image corruptions',
+        'paper_ids': 'arXiv:2408.04077',
+        **kwargs,
+    }
+
+
+def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+    return _cfg(
+        **{
+            'num_classes': 10,
+            'input_size': (3, 32, 32),
+            'pool_size': (4, 4),
+            'crop_pct': 1.0,
+            'mean': CIFAR10_MEAN,
+            'std': CIFAR10_STD,
+            **kwargs,
+        }
+    )
+
+
+HUB_MODELS = read_hub_models(hub_configs())
+# Which of a network's weights come without a tag.
+DEFAULTS = {'pp_resnet18.pp3_r64_imagenette'}
+SOURCES = {'file', 'hf_hub_id', 'state_dict', 'url'}
+
+default_cfgs = generate_default_cfgs(
+    {
+        'pp_resnet18.untrained': _cfg(),
+        'pp_resnet34.untrained': _cfg(),
+        'pp_resnet50.untrained': _cfg(),
+        'pp_resnet101.untrained': _cfg(),
+        'pp_resnet152.untrained': _cfg(),
+        'pp_resnext50_32x4d.untrained': _cfg(),
+        'pp_resnet18_cifar.untrained': _cifar_cfg(),
+        'pp_resnet50_cifar.untrained': _cifar_cfg(),
+        **{name + '*' * (name in DEFAULTS): model.pretrained_cfg for name, model in HUB_MODELS.items()},
+    }
+)
+
+
+def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    cfg, overlay = kwargs.pop('pretrained_cfg', None), dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    if not cfg and not (pretrained and SOURCES.isdisjoint(key for key, value in overlay.items() if value)):
+        cfg = 'untrained'  # no tag, and not the default tag's weights: so not the classes and the size of its pictures
+    resolved = resolve_pretrained_cfg(variant, cfg, overlay)
+    published = None if resolved.source else HUB_MODELS.get(f'{variant}.{resolved.tag}')
+    if published is not None:
+        kwargs = {**published.model_args, **kwargs}
+    if pretrained:
+        sources = {source for source in SOURCES if getattr(resolved, source)}
+        if not sources:
+            raise RuntimeError(_no_weights(variant, resolved.tag))
+        if published is not None and published.sha256 and sources == {'hf_hub_id'}:
+            repo_id = published.pretrained_cfg['hf_hub_id']
+            if resolved.hf_hub_id == repo_id:
+                overlay['file'] = fetch_weights(repo_id, published.sha256, kwargs.get('cache_dir'))
+    model: Any = build_model_with_cfg(
+        PushPullResNet,
+        variant,
+        pretrained,
+        pretrained_cfg=cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **kwargs,
+    )
+    if resolved.file is None:
+        model.pretrained_cfg.pop('file', None)  # where the cache has it is no part of what the model is
+    return model
+
+
+def _no_weights(variant: str, tag: str | None) -> str:
+    name = f'{variant}.{tag}' if f'{variant}.{tag}' in HUB_MODELS else variant
+    how = f'timm-pushpull recipes {name}' if name in HUB_MODELS else 'timm-pushpull recipes'
+    published = [published for published, model in HUB_MODELS.items() if model.sha256]
+    return (
+        f'No pretrained weights of {name} are published yet. Train them ("{how}" tells how), use '
+        f'pretrained=False, or what is published: {", ".join(published)}.'
+    )
+
+
+@register_model
+def pp_resnet18(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-18 with a push-pull stem."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_pushpull_resnet('pp_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet34(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-34 with a push-pull stem."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_pushpull_resnet('pp_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet50(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-50 with a push-pull stem."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_pushpull_resnet('pp_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet101(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-101 with a push-pull stem."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    return _create_pushpull_resnet('pp_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet152(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-152 with a push-pull stem."""
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+    return _create_pushpull_resnet('pp_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNeXt-50 32x4d with a push-pull stem."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    return _create_pushpull_resnet('pp_resnext50_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-18 for 32x32 images with a push-pull stem."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), stem_type='cifar')
+    return _create_pushpull_resnet('pp_resnet18_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pp_resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
+    """Constructs a ResNet-50 for 32x32 images with a push-pull stem."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), stem_type='cifar')
+    return _create_pushpull_resnet('pp_resnet50_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+allow_paths_in_checkpoints()

@@ -1,0 +1,146 @@
+r"""The push-pull convolution by one convolution instead of two: the arithmetic that the fast versions share.
+
+With :math:`c_o = \max(W_o) + \min(W_o)`, or 0 for the negated pull kernel, the pull kernel is :math:`K_o = c_o - W_o`.
+So Q needs no convolution of its own: it follows from P and from S, the sum of the input under the kernel, one channel
+for each group:
+
+.. math::
+    Q = \operatorname{avg}(c S - P)
+
+Where c is far from the mean of W and the input far from zero, Q is a small difference of large numbers. The fast
+versions therefore convolve with :math:`W - m`, m being the mean of W, and add what m leaves out:
+
+.. math::
+    \tilde P = x * (W - m), \qquad P = \tilde P + m S, \qquad Q = (c - m) \operatorname{avg}(S) - \operatorname{avg}(\tilde P)
+
+P loses precision in the same way where m is large, so m is 0 for kernels whose P is more at risk than their Q.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import PullKernel, kernel_offsets
+
+__all__ = [
+    'compute_dtype',
+    'conv_dtype',
+    'memory_format_of',
+    'one_convolution',
+    'operands',
+    'subtract_mean',
+    'unpack_geometry',
+]
+
+
+def operands(
+    input: Tensor,
+    weight: Tensor,
+    alpha: float | Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    avg_pool_size: int,
+    pull_kernel: PullKernel,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int], torch.dtype]:
+    """Prepare the arguments of the operator ``timm_pushpull::push_pull_conv2d``.
+
+    Args:
+        input: Images or feature maps (N, C, H, W).
+        weight: Push kernels W (O, C / groups, kh, kw).
+        alpha: Inhibition strength, one number or one for each output channel (O,).
+        stride: Stride of rows and of columns.
+        padding: Padding of rows and of columns.
+        dilation: Dilation of rows and of columns.
+        groups: Number of groups of channels.
+        avg_pool_size: Side of the averaging window, odd, or 0.
+        pull_kernel: ``'inverted'`` or ``'negated'``.
+
+    Returns:
+        Input; W; c (O,), float64; alpha (O,); geometry: stride, padding and dilation, two numbers each, groups and
+        window; data type of the response.
+    """
+    device = input.device.type
+    autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+    c = kernel_offsets(weight.double(), pull_kernel).flatten()  # an error in c counts once for each value of the input
+    alpha = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64, device=weight.device)
+    alpha = alpha.to(weight.device, compute_dtype(weight)).expand(weight.shape[0])
+    return input, weight, c, alpha, [*stride, *padding, *dilation, groups, max(avg_pool_size, 1)], dtype
+
+
+def unpack_geometry(geometry: Sequence[int]) -> tuple[dict[str, Any], int]:
+    """Split the operator's geometry into the keyword arguments of ``F.conv2d`` and the averaging window."""
+    *_, groups, window = geometry
+    return dict(stride=geometry[0:2], padding=geometry[2:4], dilation=geometry[4:6], groups=groups), window
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return the data type of all arithmetic after the convolution: at least float32."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def conv_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Choose the data type of the convolution.
+
+    Half precision rounds P and Q, which may change their sign. Autocast rounds input and weights just as much, so it
+    may convolve in half precision. Weights that are in half precision themselves may not.
+
+    Args:
+        weight: Push kernels.
+        dtype: Data type of the response.
+
+    Returns:
+        ``dtype`` under autocast, where the device has instructions for it; else at least float32.
+    """
+    supported = getattr(torch.cpu, '_is_avx512_bf16_supported', bool)  # absent from some releases
+    if dtype.itemsize < weight.dtype.itemsize and (weight.is_cuda or (dtype == torch.bfloat16 and supported())):
+        return dtype
+    return compute_dtype(weight)
+
+
+def subtract_mean(weight: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Compute m and the kernels W - m that are convolved.
+
+    Args:
+        weight: Push kernels W (O, C / groups, kh, kw).
+        c: Offsets c (O,), float64.
+        dtype: Data type of the convolution.
+
+    Returns:
+        W - m in that data type, and m (O,), float64: the mean of W, or 0 where \\|mean\\| is at most \\|c - mean\\|.
+    """
+    wide = weight.double()
+    mean = wide.mean((1, 2, 3))
+    mean *= mean.abs() > (c - mean).abs()
+    kernels = (wide - mean.view(-1, 1, 1, 1)).to(dtype)
+    return kernels, (wide - kernels).mean((1, 2, 3))  # m takes in what the rounding of W - m left out
+
+
+def one_convolution(
+    input: Tensor, weight: Tensor, c: Tensor, alpha: Tensor, geometry: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Compute the operator in differentiable steps of PyTorch; arguments as :func:`operands` returns them.
+
+    Returns:
+        Response (N, O, H', W').
+    """
+    conv, window = unpack_geometry(geometry)
+    groups = conv['groups']
+    input, weight, c = (x.to(alpha.dtype) for x in (input, weight, c))
+    push = F.conv2d(input, weight, **conv)
+    sums = input.unflatten(1, (groups, -1)).sum(2)
+    sums = F.conv2d(sums, c.new_ones(groups, 1, *weight.shape[2:]), **conv)
+    pull = c.view(-1, 1, 1) * sums.repeat_interleave(len(c) // groups, 1) - push
+    pull = F.avg_pool2d(pull, window, 1, window // 2, count_include_pad=False)
+    return (F.relu(push) - alpha.view(-1, 1, 1) * F.relu(pull)).to(dtype)
+
+
+def memory_format_of(maps: Tensor) -> torch.memory_format:
+    """Return the memory format of maps (N, C, H, W): ``torch.contiguous_format`` for maps that are in both."""
+    channels_last = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -1,0 +1,132 @@
+"""The push-pull convolution for users: checks its arguments and decides which implementation runs."""
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from .one_convolution import operands
+from .custom_op import push_pull_conv2d_operator
+from .reference import BroadcastingList2, PullKernel, push_pull_conv2d_reference
+
+if TYPE_CHECKING:
+    Implementation = Literal['auto', 'fast', 'reference']
+else:
+    Implementation = str  # TorchScript knows no Literal
+
+__all__ = ['check_avg_pool_size', 'check_pull_kernel', 'push_pull_conv2d', 'use_fast']
+
+
+def push_pull_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None = None,
+    stride: BroadcastingList2[int] = 1,
+    padding: BroadcastingList2[int] = 0,
+    dilation: BroadcastingList2[int] = 1,
+    groups: int = 1,
+    avg_pool_size: int = 3,
+    pull_kernel: PullKernel = 'inverted',
+    implementation: Implementation = 'auto',
+) -> Tensor:
+    r"""Convolve, and inhibit the response by the response of a pull kernel of inverted contrast.
+
+    .. math::
+        R = \operatorname{relu}(x * W) - \alpha \operatorname{relu}(\operatorname{avg}(x * K)) + b,
+        \qquad K_o = \max(W_o) + \min(W_o) - W_o
+
+    See :func:`~timm_pushpull.ops.reference.push_pull_conv2d_reference` for the equation in full.
+
+    Source: `PushPull-Net` - https://arxiv.org/abs/2408.04077
+
+    Args:
+        input: Images or feature maps x (N, C, H, W), or (C, H, W).
+        weight: Push kernels W (O, C / groups, kh, kw).
+        alpha: Inhibition strength, one number or one for each output channel (O,). Any finite value; 0 leaves the
+            rectified convolution.
+        bias: Bias b (O,).
+        stride: Stride of both convolutions, in pixels.
+        padding: Zero padding of both convolutions on each side, in pixels.
+        dilation: Spacing between kernel elements, in pixels.
+        groups: Number of groups of channels.
+        avg_pool_size: Side of the averaging window, an odd number of output pixels; 0 for no averaging.
+        pull_kernel: ``'inverted'`` for K as above, the paper's; ``'negated'`` for :math:`K_o = -W_o`. With alpha 1 and
+            no averaging the negated kernel gives the plain convolution.
+        implementation: ``'reference'`` computes the equation as it stands, ``'fast'`` the faster version of the device,
+            and ``'auto'`` the faster one where :func:`use_fast` allows it.
+
+    Returns:
+        Response R (N, O, H', W'), of the spatial size and data type that ``F.conv2d`` gives. R may be negative.
+
+    Raises:
+        ValueError: If the window is even or negative, if alpha is neither one number nor one for each channel, or if
+            there is no such pull kernel or implementation.
+    """
+    check_avg_pool_size(avg_pool_size)
+    check_pull_kernel(pull_kernel)
+    if isinstance(alpha, Tensor):
+        if alpha.dim() > 1 or (alpha.dim() == 1 and alpha.shape[0] != weight.shape[0]):
+            raise ValueError(
+                f'alpha must be one number or one for each of the {weight.shape[0]} output channels, '
+                f'got shape {list(alpha.shape)}.'
+            )
+
+    if not torch.jit.is_scripting():
+        if use_fast(implementation, input, weight):
+            if torch.compiler.is_compiling():  # the memory format that the compiler gives to plain convolutions
+                input = input.contiguous(memory_format=torch.channels_last)
+            settings = *map(_pair, (stride, padding, dilation)), groups, avg_pool_size, pull_kernel
+            response = push_pull_conv2d_operator(*operands(input, weight, alpha, *settings))
+            return response if bias is None else (response + bias.view(-1, 1, 1)).to(response.dtype)
+
+    return push_pull_conv2d_reference(
+        input, weight, alpha, bias, stride, padding, dilation, groups, avg_pool_size, pull_kernel
+    )
+
+
+def use_fast(implementation: Implementation, input: Tensor, weight: Tensor) -> bool:
+    """Decide whether the fast version computes a push-pull convolution, or the reference.
+
+    Args:
+        implementation: ``'fast'``, ``'reference'``, or ``'auto'``.
+        input: Images or feature maps.
+        weight: Push kernels.
+
+    Returns:
+        For ``'auto'``: True for batches on a CPU, eager or compiled; False where a program is traced or exported, where
+        ``vmap`` or forward derivatives need each step of the equation, and on a GPU, whose kernels
+        (:mod:`timm_pushpull.ops.triton`) have not run on a GPU yet.
+
+    Raises:
+        ValueError: If there is no such implementation.
+    """
+    if implementation not in ('auto', 'fast', 'reference'):
+        raise ValueError(f"implementation must be 'auto', 'fast' or 'reference', got {implementation!r}.")
+    if implementation != 'auto':
+        return implementation == 'fast'
+    if torch.compiler.is_compiling():
+        if not hasattr(torch.compiler, 'is_exporting') or torch.compiler.is_exporting():
+            return False
+    elif torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    elif torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if input.dim() != 4 or not input.device.type == weight.device.type == 'cpu' or not input.is_floating_point():
+        return False
+    if torch.is_autocast_enabled('cpu'):
+        return torch.float64 not in (input.dtype, weight.dtype)
+    return input.dtype == weight.dtype
+
+
+def check_avg_pool_size(avg_pool_size: int) -> None:
+    """Raise ``ValueError`` unless the averaging window is 0 or a positive odd integer."""
+    if not isinstance(avg_pool_size, int) or avg_pool_size < 0 or (avg_pool_size > 0 and avg_pool_size % 2 == 0):
+        raise ValueError(f'avg_pool_size must be 0 or a positive odd integer, got {avg_pool_size}.')
+
+
+def check_pull_kernel(pull_kernel: PullKernel) -> None:
+    """Raise ``ValueError`` unless the pull kernel is ``'inverted'`` or ``'negated'``."""
+    if pull_kernel not in ('inverted', 'negated'):
+        raise ValueError(f"pull_kernel must be 'inverted' or 'negated', got '{pull_kernel}'.")
