@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback: as much of its HTTP protocol as downloads and uploads of models need."""
+"""A local Hugging Face Hub: the part of its HTTP protocol that downloads and uploads of models use."""
 
 import base64
 import contextlib
@@ -16,7 +16,7 @@ TOKEN = 'hf_loopback'
 
 
 def blob_id(content):
-    """Name of a small file on the Hub: that of its blob in git."""
+    """Compute the name of a small file on the Hub, the name of its git blob."""
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
 
 
@@ -26,7 +26,7 @@ class Repository:
         self.commits, self.branch, self.tags = {}, None, {}
 
     def commit(self, files):
-        """Add files (path to content) to those of the last commit."""
+        """Commit files, given as path to content, on top of the last commit."""
         files = {**self.commits.get(self.branch, {}), **files}
         names = ''.join(f'{path} {hashlib.sha1(content).hexdigest()}' for path, content in sorted(files.items()))
         self.branch = hashlib.sha1(f'{len(self.commits)}{names}'.encode()).hexdigest()
@@ -39,17 +39,17 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server; runs from its start until ``close``.
+    """Server that runs until ``close``.
 
     Attributes:
-        repositories: By their ids.
+        repositories: Repositories by id.
         requests: Method and path of each request.
-        ranges: First byte of each file that was asked for.
-        status: Answer to each request for a weights file, instead of the file.
-        cut: Bytes of the weights after which the connection is closed, once.
-        delay: Seconds before each answer.
-        announced: Bytes that the weights are said to have more than they have.
-        damage: Offset of a byte of the weights that is sent inverted.
+        ranges: First byte of each requested file.
+        status: HTTP status of each request for weights, in place of the file; None sends the file.
+        cut: Number of bytes of the weights after which the server closes the connection, once.
+        delay: Seconds before each response.
+        announced: Number of bytes by which the announced size of the weights is too large.
+        damage: Offset of the byte of the weights that is sent inverted.
     """
 
     daemon_threads = True
@@ -68,7 +68,7 @@ class Hub(ThreadingHTTPServer):
         return f'http://127.0.0.1:{self.server_port}'
 
     def host(self, repo_id, folder, **kwargs):
-        """Put a folder's files into a repository."""
+        """Commit the files of a folder to a repository."""
         repository = self.repositories.setdefault(repo_id, Repository(**kwargs))
         repository.commit({path.name: path.read_bytes() for path in folder.iterdir()})
         return repository
@@ -94,16 +94,16 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.delay)
         length = int(self.headers.get('Content-Length') or 0)
         self.body = self.rfile.read(length)
-        for pattern, answer in ROUTES.items():
+        for pattern, handle in ROUTES.items():
             if match := re.fullmatch(pattern, f'{self.command} {self.path}'):
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    answer(self, *match.groups())
+                    handle(self, *match.groups())
                 return
-        self.answer(501, {'error': f'{self.command} {self.path} is not served here'})
+        self.respond(501, {'error': f'{self.command} {self.path} is not served here'})
 
     do_HEAD = do_POST = do_PUT = do_GET
 
-    def answer(self, status, content=None, **headers):
+    def respond(self, status, content=None, **headers):
         body = b'' if content is None else json.dumps(content).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -115,13 +115,13 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def repository(self, repo_id, write=False):
-        """The repository, or None after an answer that says why not."""
+        """Find the repository; None after a response with the reason."""
         repository = self.server.repositories.get(repo_id)
         known = self.headers.get('Authorization') == f'Bearer {TOKEN}'
         if (write or repository is None or repository.private) and not known:
-            self.answer(401, {'error': 'Invalid username or password.'}, X_Error_Code='RepoNotFound')
+            self.respond(401, {'error': 'Invalid username or password.'}, X_Error_Code='RepoNotFound')
         elif repository is None:
-            self.answer(404, {'error': 'Repository not found'}, X_Error_Code='RepoNotFound')
+            self.respond(404, {'error': 'Repository not found'}, X_Error_Code='RepoNotFound')
         else:
             return repository
 
@@ -131,16 +131,16 @@ class Handler(BaseHTTPRequestHandler):
             return
         commit = repository.resolve(revision)
         if commit is None:
-            return self.answer(404, {'error': f'Invalid rev id: {revision}'}, X_Error_Code='RevisionNotFound')
+            return self.respond(404, {'error': f'Invalid rev id: {revision}'}, X_Error_Code='RevisionNotFound')
         content = repository.commits[commit].get(path)
         if content is None:
-            return self.answer(404, {'error': 'Entry not found'}, X_Error_Code='EntryNotFound')
+            return self.respond(404, {'error': 'Entry not found'}, X_Error_Code='EntryNotFound')
         headers = {'X-Repo-Commit': commit, 'ETag': f'"{blob_id(content)}"', 'Accept-Ranges': 'bytes'}
         size = len(content)
         weights = path.endswith('.safetensors')
         if weights:
             if self.server.status is not None:
-                return self.answer(self.server.status, {'error': 'as the test wants it'})
+                return self.respond(self.server.status, {'error': 'as the test wants it'})
             size += self.server.announced
             headers |= {'X-Linked-Etag': f'"{hashlib.sha256(content).hexdigest()}"', 'X-Linked-Size': str(size)}
             if self.server.damage is not None:
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
             commit = repository.resolve(revision)
             files = repository.commits.get(commit, {})
             siblings = [{'rfilename': path} for path in files]
-            self.answer(200, {'id': repo_id, 'sha': commit, 'private': repository.private, 'siblings': siblings})
+            self.respond(200, {'id': repo_id, 'sha': commit, 'private': repository.private, 'siblings': siblings})
 
     def refs(self, repo_id):
         repository = self.repository(repo_id)
@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
                 {'name': name, 'ref': f'refs/tags/{name}', 'targetCommit': commit}
                 for name, commit in repository.tags.items()
             ]
-            self.answer(200, {**refs, 'converts': []})
+            self.respond(200, {**refs, 'converts': []})
 
     def paths_info(self, repo_id, revision):
         repository = self.repository(repo_id)
@@ -190,38 +190,38 @@ class Handler(BaseHTTPRequestHandler):
                 if path.endswith('.safetensors'):
                     oid = hashlib.sha256(content).hexdigest()
                     infos[-1]['lfs'] = {'oid': oid, 'size': len(content), 'pointerSize': 134}
-            self.answer(200, infos)
+            self.respond(200, infos)
 
     def create(self):
         wanted = json.loads(self.body)
         repo_id = f'{wanted["organization"]}/{wanted["name"]}'
         if self.headers.get('Authorization') != f'Bearer {TOKEN}':
-            return self.answer(401, {'error': 'Invalid username or password.'})
+            return self.respond(401, {'error': 'Invalid username or password.'})
         if repo_id in self.server.repositories:
-            return self.answer(409, {'error': 'You already created this model repo'})
+            return self.respond(409, {'error': 'You already created this model repo'})
         private = wanted.get('private', wanted.get('visibility') == 'private')
         self.server.repositories[repo_id] = Repository(private=bool(private))
         self.server.repositories[repo_id].commit({'.gitattributes': b'*.safetensors filter=lfs\n'})
-        self.answer(200, {'url': f'{self.server.url}/{repo_id}', 'name': repo_id, 'id': repo_id})
+        self.respond(200, {'url': f'{self.server.url}/{repo_id}', 'name': repo_id, 'id': repo_id})
 
     def validate_yaml(self):
         text = json.loads(self.body)['content']
         match = re.match(r'---\n(.*?)\n---\n', text, flags=re.DOTALL)
         metadata = yaml.safe_load(match[1]) if match else {}
         errors = [] if metadata.get('license') else [{'message': '"license" is required'}]
-        self.answer(400 if errors else 200, {'errors': errors, 'warnings': []})
+        self.respond(400 if errors else 200, {'errors': errors, 'warnings': []})
 
     def preupload(self, repo_id, revision):
         repository = self.repository(repo_id, write=True)
         if repository is not None:
-            files, answers = repository.commits.get(repository.resolve(revision), {}), []
+            files, modes = repository.commits.get(repository.resolve(revision), {}), []
             for file in json.loads(self.body)['files']:
                 path, lfs = file['path'], file['path'].endswith('.safetensors')
-                answers.append({'path': path, 'uploadMode': 'lfs' if lfs else 'regular', 'shouldIgnore': False})
+                modes.append({'path': path, 'uploadMode': 'lfs' if lfs else 'regular', 'shouldIgnore': False})
                 if path in files:
                     oid = hashlib.sha256(files[path]).hexdigest() if lfs else blob_id(files[path])
-                    answers[-1]['oid'] = oid
-            self.answer(200, {'files': answers})
+                    modes[-1]['oid'] = oid
+            self.respond(200, {'files': modes})
 
     def lfs_batch(self, repo_id):
         repository = self.repository(repo_id, write=True)
@@ -232,13 +232,13 @@ class Handler(BaseHTTPRequestHandler):
                 if wanted['oid'] not in self.server.objects:
                     upload = {'href': f'{self.server.url}/lfs/{wanted["oid"]}', 'header': {}}
                     objects[-1]['actions'] = {'upload': upload}
-            self.answer(200, {'transfer': 'basic', 'objects': objects})
+            self.respond(200, {'transfer': 'basic', 'objects': objects})
 
     def lfs_put(self, oid):
         right = hashlib.sha256(self.body).hexdigest() == oid
         if right:
             self.server.objects[oid] = self.body
-        self.answer(200 if right else 400)
+        self.respond(200 if right else 400)
 
     def commit(self, repo_id, revision):
         repository = self.repository(repo_id, write=True)
@@ -252,16 +252,16 @@ class Handler(BaseHTTPRequestHandler):
                 if item['key'] == 'lfsFile':
                     files[value['path']] = self.server.objects[value['oid']]
             commit = repository.commit(files)
-            self.answer(200, {'commitUrl': f'{self.server.url}/{repo_id}/commit/{commit}', 'commitOid': commit})
+            self.respond(200, {'commitUrl': f'{self.server.url}/{repo_id}/commit/{commit}', 'commitOid': commit})
 
     def tag(self, repo_id, revision):
         repository = self.repository(repo_id, write=True)
         if repository is not None:
             name = json.loads(self.body)['tag']
             if name in repository.tags:
-                return self.answer(409, {'error': 'Tag reference exists already'})
+                return self.respond(409, {'error': 'Tag reference exists already'})
             repository.tags[name] = repository.resolve(revision)
-            self.answer(200)
+            self.respond(200)
 
 
 REPO = '([^/]+/[^/]+)'

@@ -1,7 +1,8 @@
-"""Published models by `pretrained=True`: huggingface_hub's own client against a Hub on loopback."""
+"""Models with weights: their registration, and `pretrained=True` with huggingface_hub's client and a local Hub."""
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,9 +18,9 @@ from conftest import REPOSITORY
 from hub_server import TOKEN
 from safetensors.torch import load_file, save
 
-from timm_pushpull.hub.registry import HUB_ORG, WEIGHTS
-from timm_pushpull.models.pushpull_resnet import HUB_MODELS
 from timm_pushpull.hub.recipes import list_recipes, read_recipe
+from timm_pushpull.hub.registry import CHECKSUM, HUB_ORG, WEIGHTS, file_sha256, read_hub_models
+from timm_pushpull.models.pushpull_resnet import HUB_MODELS, PLAIN_CFGS
 
 NAME = 'pp_resnet18.pp3_r64_imagenette'
 REPO_ID = f'{HUB_ORG}/{NAME}'
@@ -39,12 +40,12 @@ def local():
 
 
 @pytest.fixture(scope='module')
-def pictures():
+def images():
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def blobs(cache):
-    """What a cache holds of weights, whole or not."""
+    """List the weights in a cache, complete or not."""
     return [path for path in Path(cache).rglob('blobs/*') if path.stat().st_size > 1e6]
 
 
@@ -52,21 +53,27 @@ def blobs(cache):
 
 
 def test_each_folder_is_registered():
-    assert HUB_MODELS.keys() == set(list_recipes()) and NAME in HUB_MODELS
+    assert HUB_MODELS.keys() == {folder.name for folder in FOLDER.parent.iterdir() if folder.is_dir()}
     for name, model in HUB_MODELS.items():
         architecture, tag = name.split('.')
         cfg = timm.get_pretrained_cfg(name)
         fields = {**model.pretrained_cfg, 'architecture': architecture, 'tag': tag}
         assert {key: getattr(cfg, key) for key in fields} == fields
-        assert cfg.hf_hub_id == (f'{HUB_ORG}/{name}' if model.sha256 else None)
-    published = {name for name, model in HUB_MODELS.items() if model.sha256}
-    defaults = {name.split('.')[0] for name in published}
-    assert set(timm.list_pretrained('pp_*')) == published
-    assert all(timm.get_pretrained_cfg(architecture).hf_hub_id for architecture in defaults)
+        assert cfg.hf_hub_id == f'{HUB_ORG}/{name}'
+        assert model.sha256 == file_sha256(FOLDER.parent / name / WEIGHTS)
+    networks = set(timm.list_models('pp_*'))
+    assert len(networks) == 8 and networks == PLAIN_CFGS.keys()
+    without_weights = {name for name in networks if not any(model.startswith(f'{name}.') for model in HUB_MODELS)}
+    assert set(timm.list_models('pp_*', include_tags=True)) == HUB_MODELS.keys() | without_weights
+    assert set(timm.list_pretrained('pp_*')) == HUB_MODELS.keys()
+    for network in networks - without_weights:
+        assert timm.get_pretrained_cfg(network).hf_hub_id
+    for network in without_weights:
+        assert timm.get_pretrained_cfg(network).tag is None and not timm.is_model_pretrained(network)
     assert timm.get_pretrained_cfg('pp_resnet18').tag == 'pp3_r64_imagenette'
 
 
-@pytest.mark.parametrize('name', list_recipes())
+@pytest.mark.parametrize('name', HUB_MODELS)
 def test_each_registration_follows_the_recipe(name):
     recipe, model = read_recipe(name), HUB_MODELS[name]
     for key in ('num_classes', 'crop_pct', 'interpolation'):
@@ -77,55 +84,183 @@ def test_each_registration_follows_the_recipe(name):
 
 
 def test_a_tag_sets_the_unit():
-    assert timm.create_model('pp_resnet18.pp5_in1k').conv1.avg_pool_size == 5
-    assert timm.create_model('pp_resnet18.pp5_in1k', avg_pool_size=0).conv1.avg_pool_size == 0
-    assert type(timm.create_model('pp_resnet18.baseline_in1k').conv1) is torch.nn.Conv2d
-    assert timm.create_model('pp_resnet18.pp5_in100').num_classes == 100
+    name = 'pp_resnet18.pp3_negated_prime_contrastnorm_r64_imagenette'
+    model = timm.create_model(name)
+    assert (model.conv1.pull_kernel, model.contrast_norm, model.num_classes) == ('negated', True, 10)
+    model = timm.create_model(name, pull_kernel='inverted', avg_pool_size=0, num_classes=2)
+    assert (model.conv1.pull_kernel, model.conv1.avg_pool_size, model.num_classes) == ('inverted', 0, 2)
 
 
-def test_without_weights_a_network_is_not_that_of_a_data_set():
-    model = timm.create_model('pp_resnet18')
-    assert (model.num_classes, model.pretrained_cfg['input_size']) == (1000, (3, 224, 224))
+@pytest.mark.parametrize('network', PLAIN_CFGS)
+def test_without_weights_a_network_is_not_that_of_a_data_set(network):
+    model = timm.create_model(network)
+    size = (10, (3, 32, 32)) if network.endswith('_cifar') else (1000, (3, 224, 224))
+    assert (model.num_classes, model.pretrained_cfg['input_size']) == size
+    assert model.pretrained_cfg.get('tag') is None and model.pretrained_cfg['architecture'] == network
     model = timm.create_model(NAME)
     assert (model.num_classes, model.pretrained_cfg['input_size']) == (10, (3, 64, 64))
 
 
-@pytest.mark.parametrize('name', ['pp_resnet50', 'pp_resnet50.untrained', 'pp_resnet50.pp3_prime_in1k'])
-def test_weights_that_are_not_published(name):
-    with pytest.raises(RuntimeError, match='are published yet. Train them') as error:
-        timm.create_model(name, pretrained=True)
-    recipe = ' pp_resnet50.pp3_prime_in1k' * name.endswith('prime_in1k')
-    assert f'"timm-pushpull recipes{recipe}" tells how' in str(error.value) and NAME in str(error.value)
+def test_weights_that_are_not_published():
+    with pytest.raises(RuntimeError, match='No pretrained weights of pp_resnet50 are on the Hub. Train') as error:
+        timm.create_model('pp_resnet50', pretrained=True)
+    assert 'timm-pushpull recipes' in str(error.value) and NAME in str(error.value)
+
+
+@pytest.mark.parametrize('pretrained', [False, True])
+@pytest.mark.parametrize(
+    'name, words',
+    [
+        ('pp_resnet50.pp3_prime_in1k', 'into pp_resnet50 with its model_kwargs: num_classes=1000, avg_pool_size=3. '),
+        ('pp_resnet18.baseline_contrastnorm_r64_imagenette', 'num_classes=10, push_pull=False, contrast_norm=True. '),
+        ('pp_resnet18_cifar.pp3_c10', 'input_size=[3, 32, 32] and crop_pct=1.0'),
+        ('pp_resnet18.untrained', f'is not a model with weights; those are .*{NAME}'),
+        ('pp_resnet18.pp3_typo', f'is not a model with weights; those are .*{NAME}'),
+    ],
+)
+def test_a_tag_without_weights_is_refused(name, words, pretrained):
+    """The error of a recipe's name holds what loads a checkpoint of the recipe."""
+    with pytest.raises(RuntimeError) as error:
+        timm.create_model(name, pretrained=pretrained)
+    message = str(error.value)
+    assert re.search(words.replace('[', r'\['), message) and '\n' not in message and len(message) < 300
+    assert message.startswith(f'{name} is a recipe without weights') == (name in list_recipes())
+
+
+@pytest.mark.parametrize('name', ['pp_resnet18.pp3_negated_r64_imagenette', 'pp_resnet50_cifar.pp5_prime_c10'])
+def test_a_checkpoint_of_a_recipe(name, tmp_path):
+    recipe = read_recipe(name)
+    network, kwargs = recipe['model'], dict(num_classes=recipe['num_classes'], **recipe['model_kwargs'])
+    model = timm.create_model(network, **kwargs).eval()
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    loaded = timm.create_model(network, checkpoint_path=tmp_path / 'last.pth.tar', **kwargs).eval()
+    x = torch.randn(2, *recipe['input_size'])
+    assert torch.equal(loaded(x), model(x))
+
+
+# Folders that cannot be read
+
+
+def spoil(path, **fields):
+    config = json.loads(path.read_text())
+    for key, value in fields.items():
+        config.pop(key) if value is None else config.update({key: value})
+    path.write_text(json.dumps(config))
+
+
+def spoil_field(path, **fields):
+    spoil(path, pretrained_cfg={**json.loads(path.read_text())['pretrained_cfg'], **fields})
+
+
+CONFIG_FAULTS = {
+    'cut short': (lambda path: path.write_text(path.read_text()[:99]), 'is not JSON'),
+    'not text': (lambda path: path.write_bytes(b'\xff\xfe\x00'), 'is not JSON'),
+    'a list': (lambda path: path.write_text('[]'), 'must hold an object pretrained_cfg'),
+    'no pretrained_cfg': (lambda path: spoil(path, pretrained_cfg=None), 'must hold an object pretrained_cfg'),
+    'no model_args': (lambda path: spoil(path, model_args=None), 'must hold an object model_args'),
+    'model_args of another type': (lambda path: spoil(path, model_args=[3]), 'must hold an object model_args'),
+    'unknown field': (lambda path: spoil_field(path, window=3), 'has the field window, which timm does not know'),
+    'input_size of another type': (lambda path: spoil_field(path, input_size='64'), "a tuple as input_size, got '64'"),
+    'crop_pct of another type': (lambda path: spoil_field(path, crop_pct='1'), "a float as crop_pct, got '1'"),
+    'num_classes of another type': (lambda path: spoil(path, num_classes='10'), "an int as num_classes, got '10'"),
+}
+CHECKSUM_FAULTS = {
+    'no checksum': (lambda path: path.unlink(), 'is missing'),
+    'empty checksum': (lambda path: path.write_text(''), 'must begin with a SHA-256'),
+    'checksum cut short': (lambda path: path.write_text(path.read_text()[:60]), 'must begin with a SHA-256'),
+    'checksum not text': (lambda path: path.write_bytes(b'\xff'), 'must begin with a SHA-256'),
+    'checksum a folder': (lambda path: (path.unlink(), path.mkdir()), 'Is a directory'),
+}
+FAULTS = {name: ('config.json', *fault) for name, fault in CONFIG_FAULTS.items()}
+FAULTS |= {name: (CHECKSUM, *fault) for name, fault in CHECKSUM_FAULTS.items()}
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """A copy of hub_configs, all but the weights."""
+    shutil.copytree(FOLDER.parent, tmp_path / 'hub_configs', ignore=shutil.ignore_patterns(WEIGHTS))
+    return tmp_path / 'hub_configs'
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_folder_that_cannot_be_read_costs_one_tag(fault, configs, recwarn):
+    file, damage, words = FAULTS[fault]
+    damage(configs / NAME / file)
+    assert read_hub_models(configs).keys() == HUB_MODELS.keys() - {NAME}
+    (warning,) = recwarn
+    message = str(warning.message)
+    assert message.startswith(f'timm-pushpull does not register {NAME}: ') and '\n' not in message
+    assert str(configs / NAME / file) in message and words in message
+
+
+@pytest.mark.parametrize('warnings', ['default', 'error'])
+def test_the_other_models_are_registered(warnings, configs):
+    """With warnings as errors too, every network is there, and no other weights replace the default weights."""
+    shutil.copytree(configs / NAME, configs / 'pp_resnet34.mine')
+    spoil(configs / NAME / 'config.json', model_args=None)
+    with_weights = sorted({*HUB_MODELS, 'pp_resnet34.mine'} - {NAME})
+    code = f"""
+        import torch, warnings
+        from pathlib import Path
+        import timm_pushpull.hub.registry as registry
+        registry.hub_configs = lambda: Path({str(configs)!r})
+        warnings.simplefilter({warnings!r})  # not by -W: torch may warn too
+        import timm
+        assert set(timm.list_models('pp_*')) == {set(PLAIN_CFGS)}
+        assert timm.list_pretrained('pp_*') == {with_weights}
+        assert timm.get_pretrained_cfg('pp_resnet34').tag == 'mine'
+        assert timm.create_model('pp_resnet18').num_classes == 1000
+        try:
+            timm.create_model('pp_resnet18', pretrained=True)
+        except RuntimeError as error:
+            assert 'No pretrained weights of pp_resnet18' in str(error)
+        else:
+            raise AssertionError('other weights were taken')
+    """
+    run = [sys.executable, '-c', textwrap.dedent(code)]
+    environment = {**os.environ, 'TORCH_DEVICE_BACKEND_AUTOLOAD': '1'}
+    result = subprocess.run(run, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count('timm-pushpull') == 1 and str(configs / NAME / 'config.json') in result.stderr
+
+
+def test_what_is_no_folder_of_a_model_is_skipped(configs, recwarn):
+    (configs / 'README.md').touch()
+    (configs / 'pp_resnet18.empty').mkdir()
+    for name in ('notes', '.pp_resnet18.pp5_in1k-x7'):  # the second as an export leaves it when it is killed
+        shutil.copytree(configs / NAME, configs / name)
+    assert read_hub_models(configs) == HUB_MODELS and not recwarn
+    assert read_hub_models(configs / 'nowhere') == {}
 
 
 # Downloads
 
 
 @pytest.mark.parametrize('name', ['pp_resnet18', NAME])
-def test_cold_download_and_warm_cache(name, published, local, pictures, tmp_path):
+def test_cold_download_and_warm_cache(name, published, local, images, tmp_path):
     model = timm.create_model(name, pretrained=True).eval()
-    assert torch.equal(model(pictures), local(pictures))
+    assert torch.equal(model(images), local(images))
     assert len(published.downloads()) == 1 and blobs(tmp_path / 'cache')
     assert model.pretrained_cfg['tag'] == NAME.split('.')[1]
     assert model.pretrained_cfg['hf_hub_id'] == REPO_ID and 'file' not in model.pretrained_cfg
     assert model.pretrained_cfg['label_names'][0] == 'n01440764'
     published.requests.clear()
-    assert torch.equal(timm.create_model(name, pretrained=True).eval()(pictures), local(pictures))
+    assert torch.equal(timm.create_model(name, pretrained=True).eval()(images), local(images))
     assert published.requests == []
 
 
-def test_a_program_that_imports_only_timm(published, local, pictures, tmp_path):
-    torch.save(pictures, tmp_path / 'pictures.pt')
+def test_a_program_that_imports_only_timm(published, local, images, tmp_path):
+    torch.save(images, tmp_path / 'images.pt')
     code = """
         import timm, torch
         model = timm.create_model('pp_resnet18', pretrained=True).eval()
-        torch.save(model(torch.load('pictures.pt')), 'logits.pt')
+        torch.save(model(torch.load('images.pt')), 'logits.pt')
     """
     run = [sys.executable, '-c', textwrap.dedent(code)]
     environment = {**os.environ, 'HF_HOME': str(tmp_path / 'home')}
     for offline in ('0', '1'):
         subprocess.run(run, env={**environment, 'HF_HUB_OFFLINE': offline}, cwd=tmp_path, check=True)
-        assert torch.equal(torch.load(tmp_path / 'logits.pt'), local(pictures))
+        assert torch.equal(torch.load(tmp_path / 'logits.pt'), local(images))
         (tmp_path / 'logits.pt').unlink()
     shutil.rmtree(tmp_path / 'home')
     failed = subprocess.run(
@@ -136,45 +271,45 @@ def test_a_program_that_imports_only_timm(published, local, pictures, tmp_path):
     assert len(published.downloads()) == 1
 
 
-def test_names_of_places(published, local, pictures, tmp_path):
+def test_names_of_places(published, local, images, tmp_path):
     first = published.repositories[REPO_ID].branch
     published.repositories[REPO_ID].tags['v1'] = first
     published.repositories[REPO_ID].commit({'README.md': b'another commit'})
     for name in (f'hf-hub:{REPO_ID}', f'hf-hub:{REPO_ID}@v1', f'hf-hub:{REPO_ID}@{first}'):
         model = timm.create_model(name, pretrained=True, cache_dir=tmp_path / 'elsewhere').eval()
-        assert torch.equal(model(pictures), local(pictures))
+        assert torch.equal(model(images), local(images))
     assert not (tmp_path / 'cache').exists() and blobs(tmp_path / 'elsewhere')
     model = timm.create_model(NAME, pretrained=True, cache_dir=tmp_path / 'third').eval()
-    assert torch.equal(model(pictures), local(pictures)) and blobs(tmp_path / 'third')
+    assert torch.equal(model(images), local(images)) and blobs(tmp_path / 'third')
 
 
-def test_adapted_as_timm_does(published, local, pictures):
+def test_adapted_as_timm_does(published, local, images):
     def adapted(**kwargs):
         return timm.create_model('pp_resnet18', pretrained=True, **kwargs).eval()
 
     five = adapted(num_classes=5)
-    assert five(pictures).shape == (2, 5)
-    assert torch.equal(five.forward_features(pictures), local.forward_features(pictures))
-    pooled = local.forward_head(local.forward_features(pictures), pre_logits=True)
-    assert torch.equal(adapted(num_classes=0)(pictures), pooled)
+    assert five(images).shape == (2, 5)
+    assert torch.equal(five.forward_features(images), local.forward_features(images))
+    pooled = local.forward_head(local.forward_features(images), pre_logits=True)
+    assert torch.equal(adapted(num_classes=0)(images), pooled)
     gray = adapted(in_chans=1).conv1.weight
     torch.testing.assert_close(gray, local.conv1.weight.sum(1, keepdim=True), rtol=1e-3, atol=1e-4)
     features = adapted(features_only=True)
-    assert torch.equal(features(pictures)[-1], local.forward_features(pictures))
+    assert torch.equal(features(images)[-1], local.forward_features(images))
     assert 'file' not in features.pretrained_cfg
 
 
-def test_other_sources_are_timms_own(published, local, pictures, tmp_path):
+def test_other_sources_are_timms_own(published, local, images, tmp_path):
     overlay = dict(file=str(FOLDER / WEIGHTS), num_classes=10)
     model = timm.create_model('pp_resnet18', pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    assert model.num_classes == 10 and torch.equal(model(pictures), local(pictures))
+    assert model.num_classes == 10 and torch.equal(model(images), local(images))
     overlay = dict(state_dict=load_file(FOLDER / WEIGHTS))
     model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    assert torch.equal(model(pictures), local(pictures))
+    assert torch.equal(model(images), local(images))
     cfg = timm.get_pretrained_cfg(NAME).to_dict()
     assert published.requests == []
     model = timm.create_model('pp_resnet18', pretrained=True, pretrained_cfg=cfg).eval()
-    assert torch.equal(model(pictures), local(pictures)) and len(published.downloads()) == 1
+    assert torch.equal(model(images), local(images)) and len(published.downloads()) == 1
 
 
 # Faults
@@ -189,9 +324,9 @@ def refused(*words):
     return message
 
 
-def works(local, pictures):
+def works(local, images):
     model = timm.create_model('pp_resnet18', pretrained=True).eval()
-    return torch.equal(model(pictures), local(pictures))
+    return torch.equal(model(images), local(images))
 
 
 @pytest.fixture
@@ -200,7 +335,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
 
 
-def test_a_server_that_is_down(published, local, pictures, impatient, monkeypatch):
+def test_a_server_that_is_down(published, local, images, impatient, monkeypatch):
     from huggingface_hub import constants
 
     with socket.socket() as free:
@@ -210,88 +345,88 @@ def test_a_server_that_is_down(published, local, pictures, impatient, monkeypatc
     monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template.replace(published.url, nowhere))
     refused(REPO_ID, 'Please check your connection')
     monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-    assert works(local, pictures)
+    assert works(local, images)
 
 
 @pytest.mark.parametrize('status', [404, 401, 500])
-def test_a_server_that_refuses(status, published, local, pictures, impatient):
+def test_a_server_that_refuses(status, published, local, images, impatient):
     published.status = status
     refused(REPO_ID, f"error '{status} ")
     published.status = None
-    assert works(local, pictures)
+    assert works(local, images)
 
 
-def test_a_repository_that_is_private_or_not_there(hub, local, pictures, monkeypatch):
+def test_a_repository_that_is_private_or_not_there(hub, local, images, monkeypatch):
     refused('Repository Not Found', REPO_ID, 'authenticated')
     hub.host(REPO_ID, FOLDER, private=True)
     refused('Repository Not Found', REPO_ID, 'authenticated')
     monkeypatch.setenv('HF_TOKEN', TOKEN)
-    assert works(local, pictures)
+    assert works(local, images)
 
 
-def test_a_repository_without_weights(hub, local, pictures, tmp_path):
+def test_a_repository_without_weights(hub, local, images, tmp_path):
     shutil.copy(FOLDER / 'config.json', tmp_path)
     hub.host(REPO_ID, tmp_path)
     refused('Entry Not Found', WEIGHTS)
     hub.host(REPO_ID, FOLDER)
-    assert works(local, pictures)
+    assert works(local, images)
 
 
-def test_a_slow_server(published, local, pictures, monkeypatch):
+def test_a_slow_server(published, local, images, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, 'HF_HUB_ETAG_TIMEOUT', 0.2)
     monkeypatch.setattr(constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 2)
     published.delay = 0.6
-    assert works(local, pictures)
+    assert works(local, images)
 
 
-def test_a_body_that_is_cut_short_is_resumed(published, local, pictures, tmp_path):
+def test_a_body_that_is_cut_short_is_resumed(published, local, images, tmp_path):
     published.cut = 15_000_000
-    assert works(local, pictures)
+    assert works(local, images)
     start, resumed = published.ranges
     assert start == 0 < resumed <= 15_000_000
     assert [path.name for path in blobs(tmp_path / 'cache')] == [HUB_MODELS[NAME].sha256]
 
 
-def test_a_body_of_the_wrong_size(published, local, pictures, tmp_path):
+def test_a_body_of_the_wrong_size(published, local, images, tmp_path):
     published.announced = 7
     refused('Consistency check failed', f'{FOLDER.joinpath(WEIGHTS).stat().st_size + 7}')
     assert not blobs(tmp_path / 'cache')
     published.announced = 0
-    assert works(local, pictures)
+    assert works(local, images)
 
 
 # In the length of the header, in its text, in the first and the last tensor.
 @pytest.mark.parametrize('offset', [0, 7, 100, 20_000, -1])
-def test_damaged_bytes_are_never_used(offset, published, local, pictures, tmp_path):
+def test_damaged_bytes_are_never_used(offset, published, local, images, tmp_path):
     published.damage = offset
-    message = refused('is damaged', 'Delete it')
+    message = refused('is damaged', 'Delete the file')
     (damaged,) = blobs(tmp_path / 'cache')
     assert str(damaged) in message
     published.damage = None
-    assert refused('is damaged') == message  # the client takes what it has for what it should be
+    assert refused('is damaged') == message  # the client does not check the content of its cache
     damaged.unlink()
-    assert works(local, pictures)
+    assert works(local, images)
 
 
-def test_a_cache_that_is_damaged_later(published, local, pictures, tmp_path):
-    assert works(local, pictures)
+def test_a_cache_that_is_damaged_later(published, local, images, tmp_path):
+    assert works(local, images)
     (blob,) = blobs(tmp_path / 'cache')
     content = bytearray(blob.read_bytes())
     content[3_000_000] ^= 1
     blob.write_bytes(content)
     assert str(blob) in refused('is damaged')
     blob.unlink()
-    assert works(local, pictures)
+    assert works(local, images)
 
 
-def test_other_weights_in_the_repository(published, local, pictures, tmp_path):
+def test_other_weights_in_the_repository(published, local, images, tmp_path):
     other = {WEIGHTS: save({'conv1.weight': torch.zeros(300_000)})}
     published.repositories[REPO_ID].commit(other)
     refused(f'{REPO_ID} holds other weights', 'Update timm-pushpull', f'hf-hub:{REPO_ID}')
     published.host(REPO_ID, FOLDER)
-    assert works(local, pictures)
+    assert works(local, images)
 
 
 def test_a_checkpoint_of_another_architecture(hub, tmp_path):
@@ -318,7 +453,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize('limit, words', [('read-only', 'Permission denied'), ('full', 'File too large')])
-def test_a_cache_that_cannot_be_written(limit, words, published, local, pictures, tmp_path):
+def test_a_cache_that_cannot_be_written(limit, words, published, local, images, tmp_path):
     cache = tmp_path / 'limited'
     cache.mkdir()
     tmp_path.chmod(0o755)
@@ -328,7 +463,7 @@ def test_a_cache_that_cannot_be_written(limit, words, published, local, pictures
     cache.chmod(0o755)
     assert not blobs(cache)
     model = timm.create_model('pp_resnet18', pretrained=True, cache_dir=cache).eval()
-    assert torch.equal(model(pictures), local(pictures))
+    assert torch.equal(model(images), local(images))
 
 
 # A second opinion: the same downloads from another implementation of the protocol
@@ -381,14 +516,14 @@ def olah(tmp_path_factory):
     server.wait()
 
 
-def test_downloads_from_olah(olah, hub, local, pictures, tmp_path):
-    torch.save(pictures, tmp_path / 'pictures.pt')
+def test_downloads_from_olah(olah, hub, local, images, tmp_path):
+    torch.save(images, tmp_path / 'images.pt')
     code = f"""
         import timm, torch
-        pictures = torch.load('pictures.pt')
+        images = torch.load('images.pt')
         for name in ('pp_resnet18', '{NAME}', 'hf-hub:{MIRRORED}', 'hf-hub:{MIRRORED}@v1'):
             model = timm.create_model(name, pretrained=True).eval()
-            torch.save(model(pictures), name.replace('/', '-') + '.logits')
+            torch.save(model(images), name.replace('/', '-') + '.logits')
     """
     run = [sys.executable, '-c', textwrap.dedent(code)]
     environment = {
@@ -400,7 +535,7 @@ def test_downloads_from_olah(olah, hub, local, pictures, tmp_path):
     for offline in ('0', '1'):
         subprocess.run(run, env={**environment, 'HF_HUB_OFFLINE': offline}, cwd=tmp_path, check=True)
         logits = list(tmp_path.glob('*.logits'))
-        assert len(logits) == 4 and all(torch.equal(torch.load(path), local(pictures)) for path in logits)
+        assert len(logits) == 4 and all(torch.equal(torch.load(path), local(images)) for path in logits)
         for path in logits:
             path.unlink()
     assert hub.requests == []

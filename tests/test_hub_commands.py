@@ -1,4 +1,4 @@
-"""`timm-pushpull hub`: a checkpoint becomes a folder, the folder is checked, pushed and created elsewhere."""
+"""`timm-pushpull hub`: export a checkpoint into a folder, check the folder, push it, load it from the Hub."""
 
 import argparse
 import copy
@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from test_hub import FOLDER, NAME
 
 from timm_pushpull.cli import main
-from timm_pushpull.hub.registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, read_checksum
-from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 from timm_pushpull.hub.card import _description
+from timm_pushpull.hub.recipes import read_recipe, recipe_text
+from timm_pushpull.hub.registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, hub_configs, read_checksum
+from timm_pushpull.models.pushpull_resnet import HUB_MODELS
+from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 
 CLASSES = ['n01440764', 'n02102040']
 TAG = 'pp_resnet18.pp5_r32_trial'
@@ -42,7 +44,7 @@ OPTIONS = {
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    """What train.py leaves: a checkpoint with its options inside and beside it."""
+    """A run of train.py: a checkpoint with its options, and the options beside it."""
     folder = tmp_path_factory.mktemp('run')
     torch.manual_seed(0)
     model = timm.create_model('pp_resnet18', num_classes=2, avg_pool_size=5)
@@ -70,8 +72,8 @@ def data(tmp_path_factory):
     for name in CLASSES:
         (folder / 'val' / name).mkdir(parents=True)
         for place in range(2):
-            picture = Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8))
-            picture.save(folder / 'val' / name / f'{place}.png')
+            image = Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+            image.save(folder / 'val' / name / f'{place}.png')
     return folder
 
 
@@ -121,11 +123,11 @@ def test_averaged_weights(run, tmp_path, capsys):
     del checkpoint['state_dict_ema'], checkpoint['args']
     shutil.copy(run / RECIPE, tmp_path)
     torch.save(checkpoint, tmp_path / 'plain.pth.tar')
-    assert 'no running average' in fails(capsys, 'export', tmp_path / 'plain.pth.tar', '--tag', TAG, '--use-ema')
+    assert 'no EMA weights' in fails(capsys, 'export', tmp_path / 'plain.pth.tar', '--tag', TAG, '--use-ema')
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
-def test_rounded_weights_and_what_they_cost(dtype, run, data, tmp_path):
+def test_the_effect_of_rounding(dtype, run, data, tmp_path):
     folder = export(run, tmp_path, '--dtype', dtype, '--data-dir', str(data), '--workers', '0')
     checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)['state_dict']
     weights = load_file(folder / WEIGHTS)
@@ -135,13 +137,13 @@ def test_rounded_weights_and_what_they_cost(dtype, run, data, tmp_path):
     before, after = (
         float(number)
         for number in re.search(
-            r'accuracy on 4 pictures from ([\d.]+) to ([\d.]+) %', (folder / CARD).read_text()
+            r'accuracy on 4 images from ([\d.]+) to ([\d.]+) %', (folder / CARD).read_text()
         ).groups()
     )
     transform = timm.data.create_transform((3, 32, 32), crop_pct=1.0, mean=(0.5,) * 3, interpolation='bilinear')
-    pictures = [(transform(Image.open(path)), path.parent.name) for path in sorted((data / 'val').rglob('*.png'))]
-    logits = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(torch.stack([x for x, _ in pictures]))
-    right = [CLASSES[place] == name for place, (_, name) in zip(logits.argmax(1).tolist(), pictures, strict=True)]
+    images = [(transform(Image.open(path)), path.parent.name) for path in sorted((data / 'val').rglob('*.png'))]
+    logits = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(torch.stack([x for x, _ in images]))
+    right = [CLASSES[place] == name for place, (_, name) in zip(logits.argmax(1).tolist(), images, strict=True)]
     assert after == 100 * sum(right) / len(right) and 0 <= before <= 100
     config = json.loads((folder / CONFIG).read_text())
     assert config['label_names'] == CLASSES and 'tench' in config['label_descriptions'][CLASSES[0]]
@@ -153,7 +155,7 @@ def test_a_weight_that_float16_does_not_hold(run, tmp_path, capsys):
     shutil.copy(run / RECIPE, tmp_path)
     torch.save(checkpoint, tmp_path / 'last.pth.tar')
     arguments = ('export', tmp_path / 'last.pth.tar', '--tag', TAG, '--output', tmp_path)
-    assert 'not finite: take bfloat16' in fails(capsys, *arguments, '--dtype', 'float16')
+    assert 'not finite in torch.float16: take bfloat16' in fails(capsys, *arguments, '--dtype', 'float16')
     assert not (tmp_path / TAG).exists()
     export(tmp_path, tmp_path, '--dtype', 'bfloat16')
 
@@ -168,9 +170,31 @@ def test_a_recipe_stays_and_the_card_tells_the_difference(run, tmp_path):
     assert 'python train.py --config args.yaml --data-dir DATA --epochs 3\n' in card and '\nA trial.\n' in card
 
 
+def test_a_name_in_the_table_gets_its_recipe(data, tmp_path):
+    """The recipe of the table goes into the folder, without a path of this machine, in place of an older one."""
+    name = 'pp_resnet18.pp5_in100'
+    options = {**read_recipe(name), 'epochs': 3, 'output': '/runs', 'data_dir': '/data'}
+    model = timm.create_model('pp_resnet18', num_classes=100, avg_pool_size=5)
+    torch.save({'arch': 'pp_resnet18', 'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    (tmp_path / RECIPE).write_text(yaml.safe_dump(options))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / RECIPE).write_text('old: recipe')
+    folder = export(tmp_path, tmp_path, tag=name)
+    assert (folder / RECIPE).read_text() == recipe_text(name, with_paths=False)
+    assert yaml.safe_load((folder / RECIPE).read_text())['class_map'] == 'imagenet_100_synsets.txt'
+    card = (folder / CARD).read_text()
+    assert f'`timm-pushpull recipes {name} --output args.yaml` writes the same recipe' in card
+    assert '--config args.yaml --data-dir DATA --epochs 3\n' in card and 'ResNet18 + PP5, no augmentation' in card
+    assert all('/' not in str(value) for value in yaml.safe_load((folder / RECIPE).read_text()).values())
+    labels = json.loads((folder / CONFIG).read_text())['label_names']
+    with open(options['class_map']) as file:
+        assert labels == file.read().split()
+    assert main(['hub', 'check', str(folder)]) == 0
+
+
 def test_the_card_tells_the_pull_kernel():
-    assert 'push kernel and a pull kernel of inverted contrast' in _description('# x', {'avg_pool_size': 5})
-    assert 'its negative as pull kernel, not that of the paper' in _description('# x', {'pull_kernel': 'negated'})
+    assert 'push kernel, and a pull kernel derived from it, of inverted' in _description('# x', {'avg_pool_size': 5})
+    assert "its negative as pull kernel (not the paper's)" in _description('# x', {'pull_kernel': 'negated'})
 
 
 def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
@@ -183,7 +207,7 @@ def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
     assert all(corruption.replace('_', ' ') in card.text for corruption in TEST_CORRUPTIONS)
     assert (
         '--data-dir DATA --output results --limit 4 --severities 3\n' in card.text
-        and '4 pictures of 2 classes' in card.text
+        and '4 images of 2 classes' in card.text
     )
     summary = (tmp_path / 'results' / 'summary.csv').read_text().splitlines()
     row = dict(zip(summary[0].split(','), summary[1].split(','), strict=True))
@@ -199,12 +223,12 @@ def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
     ]
     assert main(['hub', 'check', str(folder)]) == 0
 
-    # Figures of other weights are refused; those from before the rounding are told as such.
+    # Results of other weights are refused; the card says so for results of the weights before rounding.
     arguments = ('export', run / 'last.pth.tar', '--tag', TAG, '--output', tmp_path / 'other')
     assert 'no results of these weights' in fails(capsys, *arguments, '--use-ema', '--results', tmp_path / 'results')
     folder = export(run, tmp_path / 'half', '--dtype', 'float16', '--results', str(tmp_path / 'results'))
     card = ModelCard.load(folder / CARD)
-    assert 'The weights were those before rounding' in card.text and card.data.eval_results is None
+    assert 'The weights were measured before rounding' in card.text and card.data.eval_results is None
 
 
 def test_export_refuses(run, tmp_path, capsys):
@@ -213,12 +237,12 @@ def test_export_refuses(run, tmp_path, capsys):
     (run / 'text.pth.tar').write_text('hello')
     for arguments, words in [
         ((tmp_path / 'none.pth.tar', '--tag', TAG), 'must be a file of train.py'),
-        ((tmp_path / 'last.pth.tar', '--tag', TAG), 'must lie beside the args.yaml'),
+        ((tmp_path / 'last.pth.tar', '--tag', TAG), 'must be beside the args.yaml'),
         ((checkpoint, '--tag', 'pp_resnet18.a b'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18.a b'"),
         ((run / 'text.pth.tar', '--tag', TAG), 'cannot be read as a checkpoint'),
         ((checkpoint, '--tag', 'pp_resnet18'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18'"),
-        ((checkpoint, '--tag', 'pp_resnet50.x'), 'is of pp_resnet18, not of pp_resnet50'),
-        ((checkpoint, '--tag', TAG, '--data-dir', tmp_path / 'none'), '--data-dir must be a folder'),
+        ((checkpoint, '--tag', 'pp_resnet50.x'), 'is a checkpoint of pp_resnet18, not of pp_resnet50'),
+        ((checkpoint, '--tag', TAG, '--data-dir', tmp_path / 'none'), 'data_dir must be a folder'),
         ((checkpoint, '--tag', TAG, '--results', tmp_path), 'holds no results'),
     ]:
         assert words in fails(capsys, 'export', *arguments, '--output', tmp_path / 'out')
@@ -236,15 +260,15 @@ def test_weights_of_a_tag_never_change(run, exported, capsys):
     assert {path: path.read_bytes() for path in exported.iterdir()} == before
 
 
-def test_other_weights_are_refused_before_pictures_are_measured(run, exported, data, tmp_path, capsys):
+def test_other_weights_are_refused_before_images_are_measured(run, exported, data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / 'data')
-    for picture in (tmp_path / 'data').glob('*/*/*.png'):
-        picture.write_text('not a picture')
+    for image in (tmp_path / 'data').glob('*/*/*.png'):
+        image.write_text('not a image')
     options = ('--tag', TAG, '--output', exported.parent, '--dtype', 'float16', '--data-dir', tmp_path / 'data')
     assert 'other weights' in fails(capsys, 'export', run / 'last.pth.tar', *options)
 
 
-def test_damaged_weights_are_mended(run, tmp_path):
+def test_damaged_weights_are_replaced(run, tmp_path):
     folder = export(run, tmp_path)
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-1])
@@ -257,21 +281,27 @@ def test_a_known_tag_is_of_its_own_network(run, tmp_path, capsys):
     assert 'avg_pool_size=5, num_classes=2' in error and 'avg_pool_size=3, num_classes=10' in error
     (tmp_path / TAG).mkdir()
     (tmp_path / TAG / RECIPE).write_text(yaml.safe_dump({**OPTIONS, 'model_kwargs': {}}))
-    assert f'that of {TAG} has num_classes=2' in fails(capsys, *arguments, TAG)
+    assert f'the recipe {TAG} has num_classes=2' in fails(capsys, *arguments, TAG)
 
 
 FAULTS = {
     'no folder': (shutil.rmtree, 'is not a folder'),
+    'no checksum': (lambda folder: (folder / CHECKSUM).unlink(), 'lacks model.safetensors.sha256'),
+    'not JSON': (lambda folder: (folder / CONFIG).write_text('{'), 'is not JSON'),
+    'no model_args': (lambda folder: edit(folder / CONFIG, model_args=None), 'must hold an object model_args'),
     'no card': (lambda folder: (folder / CARD).unlink(), 'lacks README.md'),
     'pickle': (lambda folder: (folder / 'pytorch_model.bin').touch(), 'may hold a pickle'),
     'damaged': (
         lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1] + b'x'),
         'has the SHA-256',
     ),
-    'other network': (lambda folder: edit(folder / CONFIG, architecture='pp_resnet34'), 'describes pp_resnet34'),
+    'other network': (
+        lambda folder: edit(folder / CONFIG, architecture='pp_resnet34'),
+        f'describes pp_resnet34.{TAG.split(".")[1]}: give',
+    ),
     'other classes': (lambda folder: edit(folder / CONFIG, label_names=['a']), 'names 1 classes, the model has 2'),
     'no such setting': (lambda folder: edit(folder / CONFIG, model_args={'window': 3}), 'does not describe a model'),
-    'shapes': (lambda folder: reshape(folder), 'fc.bias is (3,) there and (2,) in the model'),
+    'shapes': (lambda folder: reshape(folder), 'fc.bias has shape (3,), in the model (2,)'),
     'not finite': (lambda folder: reshape(folder, torch.full((2,), float('nan'))), 'not finite'),
     'transformers': (lambda folder: replace(folder / CARD, '- push-pull', '- push-pull\n- transformers'), 'tags'),
     'card': (lambda folder: replace(folder / CARD, 'library_name: timm', 'library_name: x'), 'library_name: timm'),
@@ -305,7 +335,14 @@ def test_check_finds(fault, exported, tmp_path, capsys):
 def test_check_of_all(capsys):
     assert main(['hub', 'check']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(NAME in line for line in lines) and sum('a recipe, without weights' in line for line in lines) > 60
+    assert [line.partition(':')[0] for line in lines] == [str(hub_configs() / name) for name in HUB_MODELS]
+    assert all(f'sound: 10 classes, SHA-256 {HUB_MODELS[name].sha256}' in ' '.join(lines) for name in HUB_MODELS)
+
+
+def test_check_of_weights_that_are_on_the_hub_only(exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / TAG, ignore=shutil.ignore_patterns(WEIGHTS))
+    assert main(['hub', 'check', str(tmp_path / TAG)]) == 0
+    assert 'sound, but its weights are on the Hub only' in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -325,7 +362,7 @@ def test_push_and_create_elsewhere(signed_in, tmp_path, capsys):
     assert files.items() <= repository.commits[repository.branch].items()
 
     commits = len(repository.commits)
-    assert main([*push, '--revision', 'v1']) == 0 and len(repository.commits) == commits  # nothing new, nothing done
+    assert main([*push, '--revision', 'v1']) == 0 and len(repository.commits) == commits  # nothing changed: no commit
 
     x = torch.randn(2, 3, 64, 64)
     local = timm.create_model(f'local-dir:{FOLDER}', pretrained=True).eval()(x)
@@ -335,8 +372,8 @@ def test_push_and_create_elsewhere(signed_in, tmp_path, capsys):
 
 
 def test_push_asks(signed_in, exported, monkeypatch, capsys):
-    for answer in (['n'], []):
-        monkeypatch.setattr('sys.stdin', io.StringIO(''.join(answer)))
+    for typed in (['n'], []):
+        monkeypatch.setattr('sys.stdin', io.StringIO(''.join(typed)))
         assert main(['hub', 'push', str(exported), '--org', 'me']) == 0
         assert 'Nothing was uploaded' in capsys.readouterr().out and not signed_in.repositories
     monkeypatch.setattr('builtins.input', lambda question: 'y')
@@ -351,7 +388,7 @@ def test_push_refuses(signed_in, run, exported, tmp_path, capsys, monkeypatch):
     assert 'holds other weights' in fails(capsys, 'push', averaged, *push)
     shutil.copytree(exported, tmp_path / 'other' / TAG)
     replace(tmp_path / 'other' / TAG / CARD, 'A ResNet', 'This ResNet')
-    assert 'has the tag v1 at another commit' in fails(
+    assert 'has the git tag v1 at another commit' in fails(
         capsys, 'push', tmp_path / 'other' / TAG, *push, '--revision', 'v1'
     )
     (tmp_path / 'other' / TAG / WEIGHTS).unlink()

@@ -1,4 +1,4 @@
-"""Checkpoints of timm's ResNets and of the published code, by each way that timm loads one."""
+"""Checkpoints of timm's ResNets and of the original code, loaded in each way that timm knows."""
 
 import datetime
 import logging
@@ -17,15 +17,15 @@ WAYS = ['pretrained_cfg_overlay', 'checkpoint_path']
 
 
 def create(name, path, way, **kwargs):
-    """As `--pretrained-path` and `--initial-checkpoint` do."""
+    """Create a network with weights, as `--pretrained-path` and `--initial-checkpoint` do."""
     if way == 'checkpoint_path':
         return timm.create_model(name, checkpoint_path=str(path), **kwargs).eval()
     overlay = dict(file=str(path), num_classes=kwargs.get('num_classes', 1000))
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
 
 
-class PublishedResNet(nn.Module):
-    """ResNet-18 laid out as in the published code, with its names and its biased stem."""
+class OriginalResNet(nn.Module):
+    """ResNet-18 of the original code: its names, and a stem with a bias."""
 
     def __init__(self, stem, num_classes):
         super().__init__()
@@ -42,7 +42,7 @@ class PublishedResNet(nn.Module):
         return self.classifier(x.mean((2, 3)))
 
 
-class PublishedUnit(nn.Module):
+class OriginalUnit(nn.Module):
     def __init__(self, avg_kernel_size, alpha):
         super().__init__()
         self.push_conv = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
@@ -61,12 +61,12 @@ class PublishedUnit(nn.Module):
         return self.push_conv(x).relu() - alpha * pull + self.bias.view(-1, 1, 1)
 
 
-def published(stem, path, **hyper_parameters):
+def save_original(stem, path, **hyper_parameters):
     torch.manual_seed(0)
-    model = PublishedResNet(stem, num_classes=10)
+    model = OriginalResNet(stem, num_classes=10)
     with torch.no_grad():
         for _ in range(2):
-            model(torch.randn(8, 3, 64, 64))  # running statistics unlike the initial ones
+            model(torch.randn(8, 3, 64, 64))  # running statistics other than the initial ones
         for block in (model.layer1[0], model.layer4[1]):
             block.bn2.weight.fill_(1)
     torch.save(
@@ -82,9 +82,9 @@ def published(stem, path, **hyper_parameters):
 
 
 STEMS = {
-    'pp3': (lambda: PublishedUnit(3, None), dict(avg_kernel_size=3), dict()),
+    'pp3': (lambda: OriginalUnit(3, None), dict(avg_kernel_size=3), dict()),
     'pp5 fixed': (
-        lambda: PublishedUnit(5, 2.0),
+        lambda: OriginalUnit(5, 2.0),
         dict(avg_kernel_size=5, pull_inhibition_strength=2.0, trainable_pull_inhibition=False),
         dict(avg_pool_size=5, alpha=2.0, trainable_alpha=False),
     ),
@@ -94,23 +94,23 @@ STEMS = {
 
 @pytest.mark.parametrize('stem', STEMS)
 @pytest.mark.parametrize('way', WAYS)
-def test_published_checkpoint_gives_equal_logits(stem, way, tmp_path):
+def test_an_original_checkpoint_gives_equal_logits(stem, way, tmp_path):
     make_stem, hyper_parameters, model_args = STEMS[stem]
     path = tmp_path / 'last.ckpt'
-    theirs = published(make_stem(), path, ckpt=pathlib.Path('/data/last.ckpt').absolute(), **hyper_parameters)
+    theirs = save_original(make_stem(), path, ckpt=pathlib.Path('/data/last.ckpt').absolute(), **hyper_parameters)
     ours = create('pp_resnet18', path, way, num_classes=10, **model_args)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('stem', STEMS)
-def test_published_settings_are_read(stem, tmp_path):
+def test_original_settings_are_read(stem, tmp_path):
     make_stem, hyper_parameters, model_args = STEMS[stem]
-    # Classes that torch.load refuses with weights_only=True, nested and built by calls.
+    # Objects of classes that torch.load refuses with weights_only=True, nested and built by calls.
     objects = dict(
         augmentation=nn.Sequential(nn.Dropout(0.5)), logger=datetime.timedelta(days=2), ns=SimpleNamespace(a=1)
     )
-    theirs = published(make_stem(), tmp_path / 'last.ckpt', **hyper_parameters, **objects)
+    theirs = save_original(make_stem(), tmp_path / 'last.ckpt', **hyper_parameters, **objects)
     checkpoint = read_original_checkpoint(tmp_path / 'last.ckpt')
     assert checkpoint.architecture == 'pp_resnet18'
     assert model_args.items() <= checkpoint.model_args.items()
@@ -124,8 +124,8 @@ def test_published_settings_are_read(stem, tmp_path):
 
 
 @pytest.mark.parametrize('way', WAYS)
-def test_objects_that_are_not_harmless_are_named(way, tmp_path):
-    published(PublishedUnit(3, None), tmp_path / 'last.ckpt', logger=datetime.timedelta(days=2))
+def test_unsafe_objects_are_named(way, tmp_path):
+    save_original(OriginalUnit(3, None), tmp_path / 'last.ckpt', logger=datetime.timedelta(days=2))
     with pytest.raises(RuntimeError, match='datetime.timedelta'):
         create('pp_resnet18', tmp_path / 'last.ckpt', way, num_classes=10)
 
@@ -135,10 +135,10 @@ class RunsCode:
         return pathlib.Path.touch, (pathlib.Path('code-was-run'),)
 
 
-def test_reading_a_published_file_runs_nothing(tmp_path, monkeypatch):
+def test_reading_an_original_checkpoint_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    published(PublishedUnit(3, None), tmp_path / 'last.ckpt', trap=RunsCode())
-    with pytest.raises(ValueError, match='cannot be read without running what it holds: .*getattr'):
+    save_original(OriginalUnit(3, None), tmp_path / 'last.ckpt', trap=RunsCode())
+    with pytest.raises(ValueError, match='cannot be read without running code that it names: .*getattr'):
         read_original_checkpoint(tmp_path / 'last.ckpt')
     assert not (tmp_path / 'code-was-run').exists()
 
@@ -151,9 +151,9 @@ def test_reading_a_published_file_runs_nothing(tmp_path, monkeypatch):
         ('pp3', dict(push_pull=False), 'push_pull=False'),
     ],
 )
-def test_published_inhibition_must_fit(stem, model_args, message, way, tmp_path):
+def test_the_original_inhibition_must_fit(stem, model_args, message, way, tmp_path):
     make_stem, hyper_parameters, _ = STEMS[stem]
-    published(make_stem(), tmp_path / 'last.ckpt', **hyper_parameters)
+    save_original(make_stem(), tmp_path / 'last.ckpt', **hyper_parameters)
     with pytest.raises(ValueError, match=message):
         create('pp_resnet18', tmp_path / 'last.ckpt', way, num_classes=10, **model_args)
 
@@ -165,11 +165,11 @@ def test_timm_resnet(way, tmp_path, caplog):
     with caplog.at_level(logging.INFO, 'timm_pushpull'):
         model = create('pp_resnet18', tmp_path / 'resnet18.safetensors', way, alpha=0.25)
     messages = [r.message for r in caplog.records if r.name.startswith('timm_pushpull')]
-    assert messages == ['conv1.alpha is not in the checkpoint and keeps its initial values.']
+    assert messages == ['The checkpoint has no conv1.alpha: alpha keeps its present values.']
     assert model.conv1.alpha.tolist() == [0.25] * 64
     state_dict = model.state_dict()
     assert all(torch.equal(state_dict[name], weight) for name, weight in plain.state_dict().items())
-    # Without inhibition, the network is the plain one: a rectified convolution after BatchNorm's shift aside.
+    # Without inhibition the unit is the plain convolution, rectified.
     with torch.no_grad():
         model.conv1.alpha.zero_()
     x = torch.randn(1, 3, 64, 64)
@@ -214,17 +214,17 @@ def test_pretrained_weights_are_adapted(tmp_path):
 )
 def test_a_checkpoint_of_another_network_is_refused(source, kwargs, keys, num_classes, way, tmp_path):
     if way == 'checkpoint_path' and num_classes != 1000:
-        pytest.skip('timm does not adapt the classifier there')
+        pytest.skip('timm does not adapt the classifier with checkpoint_path')
     torch.save(timm.create_model(source).state_dict(), tmp_path / 'other.pth')
     with pytest.raises((ValueError, RuntimeError)) as error:
         create('pp_resnet18', tmp_path / 'other.pth', way, num_classes=num_classes, **kwargs)
     assert any(key in str(error.value) for key in keys), error.value
 
 
-def test_a_file_that_is_not_published_is_refused(tmp_path):
+def test_a_checkpoint_of_other_code_is_refused(tmp_path):
     torch.save({'state_dict': timm.create_model('resnet18').state_dict()}, tmp_path / 'other.ckpt')
     with pytest.raises(ValueError, match='lacks state_dict or hyper_parameters'):
         read_original_checkpoint(tmp_path / 'other.ckpt')
     torch.save({'state_dict': {}, 'hyper_parameters': {}}, tmp_path / 'other.ckpt')
-    with pytest.raises(ValueError, match='is not a ResNet of the published code'):
+    with pytest.raises(ValueError, match='is not a ResNet of the original code'):
         read_original_checkpoint(tmp_path / 'other.ckpt')

@@ -1,16 +1,26 @@
 import argparse
+import hashlib
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import timm
 import torch
+import yaml
+from conftest import REPOSITORY
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from timm_pushpull import class_lists
 from timm_pushpull.cli import main
-from timm_pushpull.hub.recipes import list_recipes, read_recipe, recipe_command, recipe_path
+from timm_pushpull.hub.recipes import list_recipes, read_recipe, recipe_commands, recipe_text
+from timm_pushpull.hub.registry import RECIPE, model_folders
+from timm_pushpull.models.pushpull_resnet import PLAIN_CFGS
 
-# Of the paper's table: epochs, batch, lr at the start, the top and the end.
+# From the paper's table: epochs, batch, lr at the start, at the top and at the end.
 PAPER = {
     'in1k': (20, 128, 0.05, 1.0, 5e-5),
     'in100': (20, 64, 5e-3, 0.2, 5e-6),
@@ -53,9 +63,21 @@ def test_every_family_is_there():
     }
     assert set(FAITHFUL) == expected
     ours = {f'pp_resnet50.{unit}_{augmentation}e100_in1k' for unit in units for augmentation in augmentations}
-    assert set(RECIPES) == expected | ours | SMALL
+    assert set(RECIPES) == expected | ours | SMALL and len(RECIPES) == 88 and sorted(RECIPES) == RECIPES
     for name in ours:
-        assert 'UNTESTED' in recipe_path(name).read_text()
+        assert 'UNTESTED' in recipe_text(name)
+
+
+def test_recipes_do_not_change():
+    """Results are known by the name of a recipe: a recipe with other values gets another name."""
+    recipes = {name: yaml.safe_load(recipe_text(name, with_paths=False)) for name in RECIPES}
+    digest = hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()
+    assert digest == 'cd9ace9c04d15a60a4629c540b06965e8089eafd3ecc024f1c7b0241a17ec56a'
+
+
+@pytest.mark.parametrize('folder', model_folders(REPOSITORY / 'hub_configs'), ids=lambda folder: folder.name)
+def test_a_model_folder_has_the_recipe_of_its_name(folder):
+    assert (folder / RECIPE).read_text() == recipe_text(folder.name, with_paths=False)
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -64,22 +86,39 @@ def test_a_recipe_is_what_its_name_says(name):
     unit, *augmentation, data = re.sub('_(e100|r64|blurpool|negated|contrastnorm)', '', tag).split('_')
     recipe = read_recipe(name)
     assert (recipe['model'], recipe['experiment'], recipe['num_classes']) == (architecture, name, CLASSES[data])
-    assert recipe['model_kwargs'].get('augment') == ('prime' if augmentation == ['prime'] else None)
+    model_kwargs = {
+        **({'push_pull': False} if unit == 'baseline' else {'avg_pool_size': int(unit[-1])}),
+        **({'pull_kernel': 'negated', 'alpha': 1.0} if 'negated' in tag else {}),
+        **({'augment': 'prime'} if augmentation == ['prime'] else {}),
+        **({'contrast_norm': True} if 'contrastnorm' in tag else {}),
+        **({'aa_layer': 'blur'} if 'blurpool' in tag else {}),
+    }
+    assert recipe['model_kwargs'] == model_kwargs
     assert recipe.get('aa') == {'aa': 'original', 'augmix': 'augmix-m3-w3'}.get(*augmentation or ['none'])
-    assert recipe['model_kwargs'].get('aa_layer') == ('blur' if 'blurpool' in tag else None)
-    assert recipe['model_kwargs'].get('pull_kernel') == ('negated' if 'negated' in tag else None)
-    assert recipe['model_kwargs'].get('contrast_norm') == (True if 'contrastnorm' in tag else None)
-    if unit == 'baseline':
-        assert recipe['model_kwargs']['push_pull'] is False
-    else:
-        assert recipe['model_kwargs']['avg_pool_size'] == int(unit[-1])
-    size = (3, 64, 64) if name in SMALL else timm.get_pretrained_cfg(f'{architecture}.untrained').input_size
+    size = (3, 64, 64) if name in SMALL else PLAIN_CFGS[architecture]['input_size']
     assert tuple(recipe['input_size']) == size
-    assert recipe.get('class_map', '').endswith(f'imagenet_{data[2:]}_synsets.txt') == (data in ('in100', 'in200'))
+    assert ('class_map' in recipe) == (data in ('in100', 'in200'))
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_the_file_of_a_recipe(name):
+    purpose, *comments = (line[2:] for line in recipe_text(name).splitlines() if line.startswith('# '))
+    assert purpose == list_recipes()[name] and comments
+    recipe = read_recipe(name)
+    assert yaml.safe_load(recipe_text(name)) == recipe
+    shared = recipe_text(name, with_paths=False)
+    assert str(REPOSITORY) not in shared and str(Path(class_lists.__file__).parent) not in shared
+    if 'class_map' in recipe:
+        path = Path(recipe['class_map'])
+        assert path.is_absolute() and len(path.read_text().split()) == recipe['num_classes']
+        assert yaml.safe_load(shared) == {**recipe, 'class_map': path.name}
+    recipe['scale'].clear()
+    recipe['model_kwargs'].clear()
+    assert yaml.safe_load(recipe_text(name)) == read_recipe(name) != recipe  # the table is as before
 
 
 def learning_rates(recipe, updates):
-    """The rate of each step, as train.py sets it with `updates` steps an epoch."""
+    """Return lr at each step, as train.py sets it with `updates` steps in an epoch."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe['lr'])
     options = scheduler_kwargs(argparse.Namespace(**{'cooldown_epochs': 0, **recipe}))
     scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates)
@@ -116,9 +155,9 @@ def test_the_learning_rate_beside_one_cycle(name):
         gaps.append(abs(rate - one_cycle.get_last_lr()[0]))
         optimizer.step()
         one_cycle.step()
-    place = gaps.index(max(gaps))
-    print(f'{name}: largest gap {max(gaps) / top:.3f} of the top rate, in epoch {place / 100:.1f} of {epochs}')
-    # A line and half a cosine between the same ends are a tenth of the height apart.
+    step = gaps.index(max(gaps))
+    print(f'{name}: largest gap {max(gaps) / top:.3f} of the top rate, in epoch {step / 100:.1f} of {epochs}')
+    # A line and half a cosine between the same ends differ by up to a tenth of the height.
     assert max(gaps) / top < 0.11 and max(gaps[len(gaps) * 3 // 10 + 2 :]) / top < 0.005
 
 
@@ -129,29 +168,61 @@ def options_of(command):
 @pytest.mark.parametrize('name', ['pp_resnet50.pp3_in1k', 'pp_resnet18.pp3_in100', 'pp_resnet50.pp3_e100_in1k'])
 def test_commands_for_several_processes_keep_the_batch(name):
     recipe = read_recipe(name)
-    one = options_of(recipe_command(name))
-    assert one['--config'] == str(recipe_path(name)) and recipe_command(name).startswith('python train.py ')
-    assert ('--class-map' in one) == ('class_map' in recipe)
-    for processes in (2, 4, 8, 16):
-        command = recipe_command(name, processes)
-        options = options_of(command)
-        assert command.startswith(f'torchrun --nproc-per-node={processes} train.py ')
+    for processes in (1, 2, 4, 8, 16):
+        write, one, several = recipe_commands(name, processes)
+        assert write == f'timm-pushpull recipes {name} --output {name}.yaml'
+        assert one == f'python train.py --config {name}.yaml --data-dir DATA'
+        assert several.startswith(f'torchrun --nproc-per-node={processes} train.py ')
+        options = options_of(several)
+        assert options.items() >= options_of(one).items()
         steps, default = int(options.get('--grad-accum-steps', 1)), recipe.get('grad_accum_steps', 1)
         assert int(options['--batch-size']) * steps * processes == recipe['batch_size'] * default
     with pytest.raises(ValueError, match=f'processes must share batches of {recipe["batch_size"]} equally, got 7'):
-        recipe_command(name, 7)
+        recipe_commands(name, 7)
+    with pytest.raises(ValueError, match='processes must be at least 1, got 0'):
+        recipe_commands(name, 0)
 
 
-def test_command_line(capsys):
+def test_command_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(['recipes']) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == RECIPES
     assert any(line.endswith('ResNet50 + PP3, PRIME, ImageNet-1k.') for line in listed)
     assert main(['recipes', 'pp_resnet18.pp5_in200', '--processes', '2']) == 0
-    one, empty, two = capsys.readouterr().out.splitlines()
+    write, one, empty, two = capsys.readouterr().out.splitlines()
     assert one.startswith('python ') and not empty and two.startswith('torchrun --nproc-per-node=2 ')
-    assert main(['recipes', 'pp_resnet18_cifar']) == 2
-    assert 'pp_resnet18_cifar.baseline_augmix_c10, ' in capsys.readouterr().err
-    assert main(['recipes', 'pp_resnet18.pp4_in200']) == 2
+    assert write.startswith('timm-pushpull ') and main(shlex.split(write)[1:]) == 0
+    file = options_of(one)['--config']
+    assert capsys.readouterr().out == f'{file}\n' and os.listdir() == [file]
+    assert Path(file).read_text() == recipe_text('pp_resnet18.pp5_in200')
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        ('pp_resnet18_cifar', 'pp_resnet18_cifar.baseline_augmix_c10, '),
+        ('pp_resnet18.pp4_in200', 'pp_resnet18.pp5_in200'),
+        ('pp_resnet18.pp4_in200 --output new.yaml', 'pp_resnet18.pp5_in200'),
+        ('--output new.yaml', 'give its NAME'),
+        ('pp_resnet18.pp3_in1k --processes 7', 'equally, got 7'),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(['recipes', *arguments.split()]) == 2
     error = capsys.readouterr().err
-    assert 'pp_resnet18.pp5_in200' in error and error.count('\n') == 1
+    assert words in error and error.count('\n') == 1 and os.listdir() == []
+
+
+def test_the_command_answers_at_once(tmp_path):
+    """Not a timing, which would fail on a busy machine: the command imports neither torch nor timm."""
+    program = """
+        import sys
+        from timm_pushpull.cli import main
+        assert main(['recipes']) == main(['recipes', 'pp_resnet18.pp3_in100']) == 0
+        assert main(['recipes', 'pp_resnet18.pp3_in100', '--output', 'new.yaml']) == 0
+        assert not {'torch', 'timm', 'numpy'} & sys.modules.keys(), sys.modules.keys()
+    """
+    program = '\n'.join(line.strip() for line in program.splitlines())
+    subprocess.run([sys.executable, '-c', program], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)

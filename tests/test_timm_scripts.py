@@ -1,4 +1,4 @@
-"""timm's own scripts, unmodified, on our networks: a few steps on a few small pictures."""
+"""timm's own scripts, unmodified, with our networks: a few steps on a few small images."""
 
 import csv
 import json
@@ -15,8 +15,9 @@ import timm
 import torch
 from PIL import Image
 
-from timm_pushpull.robustness.data import find_class_map
-from timm_pushpull.hub.recipes import list_recipes, recipe_path
+from timm_pushpull.class_lists import find_class_map
+from timm_pushpull.cli import main
+from timm_pushpull.hub.recipes import list_recipes
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 pytestmark = pytest.mark.skipif(
@@ -27,7 +28,7 @@ MODEL = ['--model', 'pp_resnet18', '--num-classes', '2', '--device', 'cpu', '--w
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Bright and dark noise, 32x32, 32 pictures of each for training and 8 for validation."""
+    """Bright and dark noise at 32x32: 32 images of each for training, 8 for validation."""
     folder = tmp_path_factory.mktemp('data')
     generator = torch.Generator().manual_seed(0)
     for split, count in (('train', 32), ('validation', 8)):
@@ -87,7 +88,7 @@ def train(data, output, *options):
 def test_train(options, data, tmp_path):
     losses = train(data, tmp_path, *options)
     assert len(losses) == 2
-    # Two epochs are too few to learn what these do to so few pictures.
+    # Two epochs on so few images do not lower the loss under these augmentations.
     augmented = {'--aa', 'augment=prime'} & set(options)
     assert all(map(math.isfinite, losses)) if augmented else losses[1] < losses[0]
 
@@ -102,7 +103,7 @@ RUN_RECIPES = """
 import importlib.util, sys
 script, data, output, *recipes = sys.argv[1:]
 for recipe in recipes:
-    spec = importlib.util.spec_from_file_location('train', script)  # anew, because defaults stay in its parser
+    spec = importlib.util.spec_from_file_location('train', script)  # a new module: its parser keeps the defaults
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
     size = '32' if '_cifar' in recipe else '64'
@@ -114,6 +115,7 @@ for recipe in recipes:
 
 
 def test_every_recipe_runs(tmp_path):
+    """In a working directory of its own, from files that the command line writes."""
     lists = [Path(find_class_map(f'imagenet_{size}')).read_text().split() for size in (100, 200)]
     generator = torch.Generator().manual_seed(0)
     for split in ('train', 'validation'):
@@ -124,9 +126,11 @@ def test_every_recipe_runs(tmp_path):
                 pixels = torch.randint(256, (80, 72, 3), generator=generator, dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(path)
     names = list(list_recipes())
-    paths = [recipe_path(name) for name in names]
+    paths = [tmp_path / f'{name}.yaml' for name in names]
+    for name, path in zip(names, paths, strict=True):
+        assert main(['recipes', name, '--output', str(path)]) == 0
     arguments = [Path(SCRIPTS) / 'train.py', tmp_path / 'data', tmp_path / 'output', *paths]
-    run([sys.executable, '-c', RUN_RECIPES, *map(str, arguments)], cwd=Path(__file__).parent.parent)
+    run([sys.executable, '-c', RUN_RECIPES, *map(str, arguments)], cwd=tmp_path)
     for name in names:
         with open(tmp_path / 'output' / name / 'summary.csv') as file:
             assert [math.isfinite(float(row['train_loss'])) for row in csv.DictReader(file)] == [True], name
@@ -141,7 +145,7 @@ def test_killed_and_resumed(data, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = torch.load(checkpoint, weights_only=False)['epoch'] + 1  # 'args' is a Namespace of our own making
+    done = torch.load(checkpoint, weights_only=False)['epoch'] + 1  # it holds an argparse.Namespace
     resumed = tmp_path / 'resumed'
     losses = train(data, resumed, '--epochs', done + 1, '--resume', checkpoint)
     assert len(losses) == 1
@@ -173,7 +177,7 @@ def test_inference(data, checkpoint, tmp_path):
     formats = ('--results-file', 'result', '--results-format', 'csv', '--topk', '1')
     run(command('inference.py', *MODEL, '--input-size', '3', '32', '32', '--batch-size', '8', *folders, *formats))
     (result,) = tmp_path.rglob('*.csv')
-    assert len(result.read_text().splitlines()) == 1 + 16  # header and pictures
+    assert len(result.read_text().splitlines()) == 1 + 16  # header and images
 
 
 def test_benchmark(tmp_path):

@@ -15,7 +15,7 @@ def add_to(commands: Any) -> None:
     actions = hub.add_subparsers(required=True, metavar='ACTION', title='actions')
 
     export = actions.add_parser('export', help='turn a checkpoint of train.py into a model folder')
-    export.add_argument('checkpoint', metavar='CHECKPOINT', help='with the args.yaml of its run beside it')
+    export.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint, beside the args.yaml of its run')
     export.add_argument('--tag', required=True, metavar='NAME', help='architecture.tag, such as pp_resnet18.pp3_in1k')
     export.add_argument('--org', metavar='NAME', help='organisation or user on the Hub, for the model card')
     export.add_argument('--output', default='hub_configs', metavar='FOLDER', help='parent of the folder (%(default)s)')
@@ -27,15 +27,15 @@ def add_to(commands: Any) -> None:
     export.add_argument(
         '--workers', type=int, default=2, metavar='N', help='processes that decode images (%(default)s)'
     )
-    add_dataset_arguments(export, 'clean images: names of the classes, and what rounding the weights changes')
+    add_dataset_arguments(export, 'clean images, for the names of the classes and the effect of rounding the weights')
     export.set_defaults(run=run_export)
 
-    check = actions.add_parser('check', help='build, load, run and compare a model folder')
-    check.add_argument('folders', nargs='*', metavar='FOLDER', help='(all folders of this package)')
+    check = actions.add_parser('check', help='check that model folders are complete, safe and run')
+    check.add_argument('folders', nargs='*', metavar='FOLDER', help='model folders (all of this package)')
     check.set_defaults(run=run_check)
 
     push = actions.add_parser('push', help='upload a model folder to the Hub')
-    push.add_argument('folder', metavar='FOLDER')
+    push.add_argument('folder', metavar='FOLDER', help='model folder, named architecture.tag')
     push.add_argument('--org', required=True, metavar='NAME', help='organisation or user on the Hub')
     push.add_argument('--private', action='store_true', help='make a new repository private')
     push.add_argument('--revision', metavar='TAG', help='git tag for the uploaded commit')
@@ -67,10 +67,10 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_check(args: argparse.Namespace) -> None:
     from ..hub.check import check_folder
-    from ..hub.registry import CONFIG, hub_configs
+    from ..hub.registry import hub_configs, model_folders
 
     wrong = []
-    for folder in args.folders or sorted(path.parent for path in hub_configs().glob(f'*/{CONFIG}')):
+    for folder in args.folders or model_folders(hub_configs()):
         try:
             print(f'{folder}: {check_folder(folder)}')
         except ValueError as error:

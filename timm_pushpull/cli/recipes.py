@@ -5,17 +5,32 @@ from typing import Any
 
 
 def add_to(commands: Any) -> None:
-    parser = commands.add_parser('recipes', help='list the training recipes, or print the commands of one')
-    parser.add_argument('name', nargs='?', metavar='NAME', help='architecture.tag')
-    parser.add_argument('--processes', type=int, default=4, metavar='N', help='of the torchrun command (%(default)s)')
+    parser = commands.add_parser(
+        'recipes',
+        help='list the training recipes, print the commands of one, or write its file',
+        description="List the training recipes. With NAME, print the commands that train the recipe with timm's "
+        'train.py. With NAME and --output, write the file for train.py --config.',
+    )
+    parser.add_argument('name', nargs='?', metavar='NAME', help='recipe, such as pp_resnet50.pp3_prime_in1k')
+    parser.add_argument('--output', metavar='FILE', help='write the recipe to this file, for train.py --config')
+    parser.add_argument(
+        '--processes', type=int, default=4, metavar='N', help='processes of the torchrun command (%(default)s)'
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..hub.recipes import list_recipes, recipe_command
+    from ..files import atomic_write
+    from ..hub.recipes import list_recipes, recipe_commands, recipe_text
 
-    if args.name:
-        print(f'{recipe_command(args.name)}\n\n{recipe_command(args.name, args.processes)}')
+    if args.output and not args.name:
+        raise ValueError('--output writes one recipe: give its NAME too.')
+    if args.output:
+        atomic_write(args.output, recipe_text(args.name).encode())
+        print(args.output)
+    elif args.name:
+        write, train, train_in_several = recipe_commands(args.name, args.processes)
+        print(f'{write}\n{train}\n\n{train_in_several}')
     else:
         recipes = list_recipes()
         width = max(map(len, recipes))

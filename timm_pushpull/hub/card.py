@@ -1,4 +1,4 @@
-"""The model card of a published model: what the Hugging Face Hub shows of it."""
+"""Writes the model card: the page of a model on the Hugging Face Hub."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..robustness.metrics import HELD_OUT_CORRUPTIONS, MEANS, TEST_CORRUPTIONS
+from ..robustness.summary import columns_of
+from .recipes import list_recipes
 from .registry import CHECKSUM, HUB_ORG, RECIPE, WEIGHTS, hub_configs
-from ..robustness.metrics import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
-from ..robustness.report import MEANS
 
 __all__ = ['Evaluation', 'Rounding', 'model_card']
 
-# Name of a data set, and its id on the Hub, by the last part of a tag.
+# Name of a data set and its id on the Hub, by the last part of a tag.
 DATASETS = {
     'in1k': ('ImageNet-1k', 'imagenet-1k'),
     'in100': ('ImageNet-100, the subset of the push-pull paper', 'imagenet-1k'),
@@ -33,7 +34,7 @@ CITATION = """```bibtex
 
 
 class Rounding(NamedTuple):
-    """Top-1 accuracy in percent before and after the weights were rounded, and the number of pictures."""
+    """Top-1 accuracy in percent before and after rounding the weights, and the number of images."""
 
     before: float
     after: float
@@ -41,15 +42,16 @@ class Rounding(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What a results folder holds of the model."""
+    """Results of the model in a results folder."""
 
     protocol: Mapping[str, Any]
+    """Protocol of the results folder."""
     row: Mapping[str, Any]
-    """Of :func:`timm_pushpull.robustness.store.summarize`."""
+    """Row of the model, see :func:`timm_pushpull.robustness.summary.summarize`."""
     baseline: Mapping[str, Any] | None
-    """The same of the baseline, where the folder has one."""
+    """Row of the baseline; None if the folder has no baseline for this model."""
     stored: bool
-    """Whether the weights were those that are stored, rounded as they are."""
+    """True for results of the stored weights, False for results of the weights before rounding."""
 
 
 def model_card(
@@ -69,19 +71,19 @@ def model_card(
 
     Args:
         name: Architecture and tag.
-        model: The network.
-        model_args: Arguments of ``timm.create_model`` that it was made with.
-        weights: What the weights are, in words.
+        model: The model.
+        model_args: Arguments of ``timm.create_model`` that created the model.
+        weights: Type of the weights, in words.
         recipe: Content of ``args.yaml``.
-        departures: Options of ``train.py`` in which the run differs from the recipe.
-        seed: Of the training.
-        label_config: Names and descriptions of the classes in ``config.json``.
-        org: Organisation or user that publishes the model.
-        rounding: What rounding the weights changed.
-        evaluation: Errors on clean and corrupted pictures.
+        departures: Options of ``train.py`` that turn the recipe into the run of these weights.
+        seed: Seed of the training.
+        label_config: ``label_names`` and ``label_descriptions`` of ``config.json``.
+        org: Organisation or user on the Hub.
+        rounding: Effect of rounding the weights on the accuracy.
+        evaluation: Errors on clean and corrupted images.
 
     Returns:
-        The card, with the metadata that the Hub reads.
+        The card, with its metadata for the Hub.
     """
     dataset, dataset_id = DATASETS.get(name.rpartition('_')[2].rpartition('.')[2], (None, None))
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
@@ -97,8 +99,7 @@ def model_card(
     settings = ', '.join(f'`{key}={value}`' for key, value in model_args.items())
     size = 'x'.join(map(str, cfg['input_size'][1:]))
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    known = (hub_configs() / name).is_dir()
-    reference = name if known else f'hf-hub:{org}/{name}'
+    reference = name if (hub_configs() / name).is_dir() else f'hf-hub:{org}/{name}'
     sections = [
         f'# Model card for {name}',
         _description(recipe, model_args),
@@ -106,14 +107,14 @@ def model_card(
         f'- **Network:** `{cfg["architecture"]}`{f" with {settings}" if settings else ""}\n'
         f'- **Parameters:** {parameters:.2f} M\n'
         f'- **Weights:** {weights}\n'
-        f'- **Pictures:** {size}, crop {cfg["crop_pct"]:g}, {cfg["interpolation"]}; mean {_numbers(cfg["mean"])}, '
+        f'- **Images:** {size}, crop {cfg["crop_pct"]:g}, {cfg["interpolation"]}; mean {_numbers(cfg["mean"])}, '
         f'std {_numbers(cfg["std"])}\n'
         f'- **Trained on:** {dataset or "see the recipe"}, {model.num_classes:,} classes\n'
         '- **Paper:** PushPull-Net, https://arxiv.org/abs/2408.04077',
         *_results(name, reference, evaluation, rounding, seed),
         _usage(name, reference, label_config or {}),
-        _reproduction(name, known, departures),
-        '## Licence\nApache-2.0, like timm. The licence of the pictures it was trained on may say more.',
+        _reproduction(name, departures),
+        '## Licence\nApache-2.0, like timm. The licence of the training images may add conditions.',
         f'## Citation\n{CITATION}',
     ]
     return ModelCard(f'---\n{metadata.to_yaml()}\n---\n\n' + '\n\n'.join(sections) + '\n')
@@ -129,11 +130,11 @@ def _description(recipe: str, model_args: Mapping[str, Any]) -> str:
     if model_args.get('push_pull') is False:
         return f'{purpose}The plain baseline of the push-pull networks: the same network without the push-pull unit.'
     negated = model_args.get('pull_kernel') == 'negated'
-    inverted = 'a pull kernel of inverted contrast derived from it'
-    pull_kernel = 'its negative as pull kernel, not that of the paper' if negated else inverted
+    inverted = 'a pull kernel derived from it, of inverted contrast'
+    pull_kernel = "its negative as pull kernel (not the paper's)" if negated else inverted
     return (
-        f'{purpose}A ResNet whose first convolution is a push-pull unit: a trainable push kernel and {pull_kernel}, '
-        'meant to inhibit the response to noise ([PushPull-Net](https://arxiv.org/abs/2408.04077)).'
+        f'{purpose}A ResNet whose first convolution is a push-pull unit: a trainable push kernel, and {pull_kernel}. '
+        'The unit is meant to inhibit the response to noise ([PushPull-Net](https://arxiv.org/abs/2408.04077)).'
     )
 
 
@@ -168,7 +169,7 @@ def _results(
     change = []
     if rounding is not None:
         change.append(
-            f'Rounding the weights changed the top-1 accuracy on {rounding.images:,} pictures from '
+            f'Rounding the weights changed the top-1 accuracy on {rounding.images:,} images from '
             f'{rounding.before:.3f} to {rounding.after:.3f} %.'
         )
     if evaluation is None:
@@ -181,7 +182,8 @@ def _results(
     heads = [name, *(f'baseline: {other["model"]}' for other in rows[1:])]
     table = [f'| in %, with 95% intervals | {" | ".join(heads)} |', '| --- ' * (1 + len(rows)) + '|']
     table += [
-        f'| {words} | {" | ".join(_with_interval(of, measure) for of in rows)} |' for measure, words in labels.items()
+        f'| {words} | {" | ".join(_with_interval(shown, measure) for shown in rows)} |'
+        for measure, words in labels.items()
     ]
     words = [f'- {mean.replace("_", " ")}: {MEANS[mean]}' for mean in labels if mean in MEANS]
     return [
@@ -194,8 +196,10 @@ def _results(
 
 
 def _with_interval(row: Mapping[str, Any], measure: str) -> str:
-    low, high = row[f'{measure}_low'], row[f'{measure}_high']
-    return f'{row[measure]:.1f} ({low:.1f} to {high:.1f})' if low != '' and high != '' else f'{row[measure]:.1f}'
+    value, low, high = (row.get(column, '') for column in columns_of(measure))
+    if value == '':
+        return ''
+    return f'{value:.1f} ({low:.1f} to {high:.1f})' if low != '' and high != '' else f'{value:.1f}'
 
 
 def _protocol_in_words(evaluation: Evaluation, seed: int | None) -> str:
@@ -206,11 +210,11 @@ def _protocol_in_words(evaluation: Evaluation, seed: int | None) -> str:
         else f'stored ({corruptions["stored_as"]})'
     )
     severities = f' at severities {evaluation.row["severities"]}' if evaluation.row['severities'] else ''
-    of_seed = '' if seed is None else f', seed {seed}'
-    rounded = '' if evaluation.stored else ' The weights were those before rounding.'
+    training_run = 'One training run' if seed is None else f'One training run, seed {seed}'
+    rounded = '' if evaluation.stored else ' The weights were measured before rounding.'
     return (
-        f'Top-1 accuracy {evaluation.row["top1"]:.3f} % on {data["images"]:,} pictures of {data["classes"]:,} classes; '
-        f'corruptions {source}{severities}. One training run{of_seed}; the intervals are over the pictures.{rounded}'
+        f'Top-1 accuracy {evaluation.row["top1"]:.3f} % on {data["images"]:,} images of {data["classes"]:,} classes; '
+        f'corruptions {source}{severities}. {training_run}; the intervals come from resampling the images.{rounded}'
     )
 
 
@@ -232,7 +236,7 @@ def _robustness_command(reference: str, evaluation: Evaluation) -> str:
 def _usage(name: str, reference: str, label_config: Mapping[str, Any]) -> str:
     shown = 'print(best)'
     if 'label_names' in label_config:
-        shown = "names = [model.pretrained_cfg['label_names'][place] for place in best]\nprint(names)"
+        shown = "names = [model.pretrained_cfg['label_names'][index] for index in best]\nprint(names)"
     if 'label_descriptions' in label_config:
         shown = shown.replace('(names)', "([model.pretrained_cfg['label_descriptions'][name] for name in names])")
     return f"""## Use
@@ -247,20 +251,22 @@ model = timm.create_model('{reference}', pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
 with torch.inference_mode():
-    logits = model(transform(Image.open('picture.jpg').convert('RGB')).unsqueeze(0))
+    logits = model(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0))
 best = logits[0].topk(3).indices.tolist()
 {shown}
 ```
 
-`features_only=True`, `num_classes=0` and `in_chans=1` adapt it as any model of timm. A copy of this folder loads as
+`features_only=True`, `num_classes=0` and `in_chans=1` work as for any timm model. A copy of this folder loads as
 `timm.create_model('local-dir:{name}', pretrained=True)`."""
 
 
-def _reproduction(name: str, known: bool, departures: str) -> str:
-    packaged = f' (`timm-pushpull recipes {name}` prints the command for the copy in the package)' if known else ''
+def _reproduction(name: str, departures: str) -> str:
+    packaged = ''
+    if name in list_recipes():
+        packaged = f' (`timm-pushpull recipes {name} --output {RECIPE}` writes the same recipe)'
     options = f' {departures}' if departures else ''
     return f"""## Reproduce
-With timm's `train.py` and the `{RECIPE}` beside this card{packaged}:
+With timm's `train.py` and the `{RECIPE}` of this folder{packaged}:
 
 ```bash
 python train.py --config {RECIPE} --data-dir DATA{options}

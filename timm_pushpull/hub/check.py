@@ -1,4 +1,4 @@
-"""Checks a model's folder before it goes to the Hugging Face Hub, or after it came from there."""
+"""Checks the folder of a model before an upload to the Hugging Face Hub, or after a download."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import create_model
 
-from .registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, read_checksum
+from .registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, read_hub_model
 
 __all__ = ['check_folder']
 
@@ -18,58 +18,62 @@ PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth', '.tar')
 
 
 def check_folder(folder: str | os.PathLike[str]) -> str:
-    """Check that a model's folder is complete, sound and safe.
+    """Check that the folder of a model is complete and safe, and that its model runs.
 
-    The model is built from ``config.json`` and, where there are weights, their checksum is compared, they are loaded
-    strictly, one batch is run and the card is read. The card's metadata must be what ``huggingface_hub`` accepts.
+    Builds the model from ``config.json`` and reads the card, whose metadata ``huggingface_hub`` must accept. If the
+    folder holds the weights, compares their checksum, loads them strictly and runs one batch.
 
     Args:
-        folder: The model's, as :func:`timm_pushpull.hub.export.export_checkpoint` writes it.
+        folder: Folder of the model, as :func:`timm_pushpull.hub.export.export_checkpoint` writes it.
 
     Returns:
-        What was found, in a sentence.
+        What was found, in words.
 
     Raises:
-        ValueError: If anything is wrong: the file and the fault are named.
+        ValueError: If anything is wrong; the message names the file and the fault.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give the path of a model's, such as hub_configs/NAME.")
-    published = (folder / CHECKSUM).exists()
-    required = [CONFIG, RECIPE, *([CARD] if published else [])]
-    for file in required:
+        raise ValueError(f'{folder} is not a folder: give the path of the folder of a model, such as hub_configs/NAME.')
+    for file in (CONFIG, RECIPE, CARD, CHECKSUM):
         if not (folder / file).is_file():
             raise ValueError(f'{folder} lacks {file}.')
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES:
-            raise ValueError(f'{path} may hold a pickle, which runs code when it is loaded: keep {WEIGHTS} alone.')
+            raise ValueError(f'{path} may hold a pickle, which runs code when it is loaded: keep {WEIGHTS} only.')
+    sha256 = read_hub_model(folder).sha256
     try:
         model: Any = create_model(f'local-dir:{folder}').eval()
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f'{folder / CONFIG} does not describe a model: {error}') from error
     cfg = model.pretrained_cfg
     if f'{cfg["architecture"]}.{cfg.get("tag")}' != folder.resolve().name:
-        raise ValueError(f'{folder / CONFIG} describes {cfg["architecture"]}.{cfg.get("tag")}, not {folder.name}.')
+        raise ValueError(
+            f'{folder / CONFIG} describes {cfg["architecture"]}.{cfg.get("tag")}: give the folder this name.'
+        )
     labels = cfg.get('label_names')
     if labels and len(labels) != model.num_classes:
         raise ValueError(f'{folder / CONFIG} names {len(labels)} classes, the model has {model.num_classes}.')
-    if published:
-        _check_card(folder)
+    _check_card(folder)
     if not (folder / WEIGHTS).exists():
-        return 'published, its weights are on the Hub only' if published else 'a recipe, without weights'
-    _check_weights(folder, model)
+        return f'sound, but its weights are on the Hub only, SHA-256 {sha256}'
+    _check_weights(folder, sha256, model)
     with torch.inference_mode():
         logits = model(torch.randn(2, *cfg['input_size'], generator=torch.Generator().manual_seed(0)))
-    if logits.shape != (2, model.num_classes) or not logits.isfinite().all():
-        raise ValueError(f'{folder / WEIGHTS} gives logits of shape {tuple(logits.shape)} or not finite.')
-    return f'sound: {model.num_classes} classes, SHA-256 {read_checksum(folder)}'
+    if logits.shape != (2, model.num_classes):
+        raise ValueError(
+            f'{folder} gives logits of shape {tuple(logits.shape)} for 2 images, must be {(2, model.num_classes)}.'
+        )
+    if not logits.isfinite().all():
+        raise ValueError(f'{folder / WEIGHTS} gives logits that are not finite.')
+    return f'sound: {model.num_classes} classes, SHA-256 {sha256}'
 
 
-def _check_weights(folder: Path, model: torch.nn.Module) -> None:
-    path, expected = folder / WEIGHTS, read_checksum(folder)
+def _check_weights(folder: Path, sha256: str, model: torch.nn.Module) -> None:
+    path = folder / WEIGHTS
     found = file_sha256(path)
-    if expected != found:
-        raise ValueError(f'{path} has the SHA-256 {found}, {CHECKSUM} says {expected}.')
+    if found != sha256:
+        raise ValueError(f'{path} has the SHA-256 {found}, {CHECKSUM} says {sha256}.')
     try:
         weights = load_file(path)
     except SafetensorError as error:
@@ -78,7 +82,7 @@ def _check_weights(folder: Path, model: torch.nn.Module) -> None:
     for key in sorted(shapes.keys() | weights.keys()):
         given = tuple(weights[key].shape) if key in weights else None
         if shapes.get(key) != given:
-            raise ValueError(f'{path} does not fit: {key} is {given} there and {shapes.get(key)} in the model.')
+            raise ValueError(f'{path} does not fit: {key} has shape {given}, in the model {shapes.get(key)}.')
     model.load_state_dict(weights)
 
 
@@ -88,12 +92,11 @@ def _check_card(folder: Path) -> None:
         card = ModelCard.load(path)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
-    required = {'library_name': 'timm', 'pipeline_tag': 'image-classification'}
-    for key, value in required.items():
+    for key, value in {'library_name': 'timm', 'pipeline_tag': 'image-classification'}.items():
         if card.data.get(key) != value:
             raise ValueError(f'{path} must say {key}: {value}, got {card.data.get(key)!r}.')
     tags = card.data.get('tags') or []
     if not {'timm', 'push-pull'} <= set(tags) or 'transformers' in tags:
-        raise ValueError(f'{path} must have the tags timm and push-pull and not transformers, got {tags}.')
+        raise ValueError(f'{path} must have the tags timm and push-pull, and not transformers, got {tags}.')
     if not card.data.get('license'):
         raise ValueError(f'{path} must say a license.')

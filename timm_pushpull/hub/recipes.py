@@ -1,6 +1,12 @@
-"""The training recipes in ``hub_configs``: files for ``train.py --config``, and the commands that run them."""
+"""The training recipes as one table, with the files and commands for timm's ``train.py``.
 
+A recipe's name is ``network.unit_additions_base``: ``pp_resnet18.pp3_prime_in1k`` trains ResNet18 with PP3 and PRIME on
+ImageNet-1k. This module imports neither torch nor timm, so that the command line answers at once.
+"""
+
+import copy
 import difflib
+import itertools
 import math
 import shlex
 from pathlib import Path
@@ -8,87 +14,206 @@ from typing import Any
 
 import yaml
 
-from .registry import RECIPE, hub_configs
-from ..robustness.data import find_class_map
+from ..class_lists import find_class_map
 
-__all__ = ['list_recipes', 'read_recipe', 'recipe_command', 'recipe_path']
+__all__ = ['list_recipes', 'read_recipe', 'recipe_commands', 'recipe_text']
 
+NETWORKS = {
+    'pp_resnet18': 'ResNet18',
+    'pp_resnet50': 'ResNet50',
+    'pp_resnet18_cifar': 'ResNet18 for 32x32',
+    'pp_resnet50_cifar': 'ResNet50 for 32x32',
+}
+Options = dict[str, Any]
+NEGATED = {'avg_pool_size': 3, 'pull_kernel': 'negated', 'alpha': 1.0}
+UNITS: dict[str, tuple[str, Options]] = {  # words of the purpose, model_kwargs
+    'baseline': (', plain: the baseline', {'push_pull': False}),
+    'pp3': (' + PP3', {'avg_pool_size': 3}),
+    'pp5': (' + PP5', {'avg_pool_size': 5}),
+    'pp3_negated': (' + PP3 with the negated push kernel as pull kernel', NEGATED),
+}
+AUGMENTATIONS: dict[str, tuple[str, Options, Options]] = {  # words of the purpose, options, model_kwargs
+    'aa': ('AutoAugment (ImageNet policy)', {'aa': 'original'}, {}),
+    'augmix': ('AugMix (severity 3, width 3, random depth)', {'aa': 'augmix-m3-w3'}, {}),
+    'prime': ('PRIME', {}, {'augment': 'prime'}),
+}
+EXTRAS: dict[str, tuple[str, Options, Options]] = {
+    'contrastnorm': ('each image normalized by its own mean and deviation', {}, {'contrast_norm': True}),
+    'blurpool': ('anti-aliased (BlurPool)', {}, {'aa_layer': 'blur'}),
+}
+ADDITIONS = AUGMENTATIONS | EXTRAS
 
-def recipe_path(name: str) -> Path:
-    """Find the file of a recipe.
+PAPER_NOTES = """\
+The recipe of PushPull-Net (arXiv 2408.04077), as closely as timm's options allow. Differences:
+- learning rate: the paper's one-cycle schedule of {} epochs raises lr along a cosine. Here lr rises linearly for
+  {} epochs (warmup_prefix adds these to `epochs`), then falls along a cosine for {}. Momentum stays 0.9.
+- crop: the paper {}
+- weight decay: timm exempts biases, BatchNorm and alpha.
+"""
+IMAGENET_CROP = """\
+resizes the short side to 256 and crops 224 at random. rkrr does so for half of the images
+  (scale is (224/256)^2); it resizes the short side of the others to 224."""
+CIFAR_CROP = """\
+pads by 4 pixels and crops 32 at random. timm crops without padding: here a random square of at
+  least (28/32)^2 of the image, the least that the paper's crop keeps."""
+LONGER_NOTES = """\
+OURS, not the paper's, and UNTESTED at this size. It adds to the paper's recipe what training ResNets has learned since
+(Wightman et al., arXiv 2110.00476; torchvision's "new recipe" of 2021): a longer schedule at batch 1024, label
+smoothing, crops of random size, Nesterov momentum and an average of the weights.
+"""
+BATCH_NOTE = 'batch_size is for one process; `timm-pushpull recipes NAME --processes N` prints the options for N.\n'
+IMAGENET_NOTES = PAPER_NOTES.format(20, 6, 14, IMAGENET_CROP) + BATCH_NOTE
+BASES = {  # words of the purpose, notes
+    'in1k': ('ImageNet-1k', IMAGENET_NOTES),
+    'in100': ('ImageNet-100', IMAGENET_NOTES),
+    'in200': ('ImageNet-200', IMAGENET_NOTES),
+    'c10': ('CIFAR-10', PAPER_NOTES.format(30, 9, 21, CIFAR_CROP) + BATCH_NOTE),
+    'e100_in1k': ('ImageNet-1k; ours, longer, untested', LONGER_NOTES + BATCH_NOTE),
+    'r64_imagenette': (
+        'Imagenette at 64x64',
+        'Ours, for a small data set of small images: it trains the network from scratch on 9,469 images.',
+    ),
+}
+# Options of train.py for each base, and above them those that several bases share.
+OPTIONS = yaml.safe_load("""
+all: &all {interpolation: bilinear, momentum: 0.9, sched: cosine, sched_on_updates: true,
+  train_interpolation: bilinear, hflip: 0.5, color_jitter: null, seed: 42}
+paper: &paper {<<: *all, crop_pct: 1.0, opt: momentum, weight_decay: 1.0e-5, warmup_prefix: true, ratio: [1.0, 1.0],
+  smoothing: 0.0}
+paper_imagenet: &paper_imagenet {<<: *paper, input_size: [3, 224, 224], epochs: 14, warmup_epochs: 6,
+  train_crop_mode: rkrr, scale: [0.765625, 0.765625]}
+paper_small: &paper_small {batch_size: 64, warmup_lr: 5.0e-3, lr: 0.2, min_lr: 5.0e-6}
 
-    Args:
-        name: Architecture and tag, such as ``pp_resnet50.pp3_prime_in1k``.
+in1k: {<<: *paper_imagenet, num_classes: 1000, batch_size: 128, warmup_lr: 0.05, lr: 1.0, min_lr: 5.0e-5}
+in100: {<<: [*paper_imagenet, *paper_small], num_classes: 100, class_map: imagenet_100}
+in200: {<<: [*paper_imagenet, *paper_small], num_classes: 200, class_map: imagenet_200}
+c10: {<<: [*paper, *paper_small], num_classes: 10, dataset: torch/cifar10, dataset_download: true,
+  input_size: [3, 32, 32], epochs: 21, warmup_epochs: 9, train_crop_mode: rrc, scale: [0.765625, 1.0]}
+e100_in1k: {<<: *all, num_classes: 1000, input_size: [3, 224, 224], crop_pct: 1.0, batch_size: 128, grad_accum_steps: 8,
+  opt: sgd, weight_decay: 5.0e-5, epochs: 100, lr: 0.5, warmup_epochs: 5, warmup_lr: 0.01, min_lr: 0.0,
+  train_crop_mode: rrc, scale: [0.25, 1.0], ratio: [0.75, 1.3333], smoothing: 0.1, model_ema: true,
+  model_ema_decay: 0.9998, model_ema_warmup: true, amp: true, amp_dtype: bfloat16, channels_last: true}
+r64_imagenette: {<<: *all, num_classes: 10, input_size: [3, 64, 64], crop_pct: 0.875, batch_size: 64, opt: momentum,
+  weight_decay: 5.0e-4, epochs: 30, warmup_epochs: 2, warmup_lr: 0.005, lr: 0.05, min_lr: 0.0, scale: [0.35, 1.0],
+  smoothing: 0.1}
+""")
 
-    Returns:
-        Its ``args.yaml``.
-
-    Raises:
-        ValueError: If there is no such recipe; the nearest names are given.
-    """
-    path = hub_configs() / name / RECIPE
-    if not path.is_file():
-        recipes = list_recipes()
-        of_network = [recipe for recipe in recipes if recipe.startswith(f'{name}.')]
-        near = of_network or difflib.get_close_matches(name, recipes, n=3, cutoff=0)
-        raise ValueError(f'recipe must be one of those listed, got {name!r}; the nearest are {", ".join(near)}.')
-    return path
+# Networks, units, additions and bases; each row stands for all their combinations.
+TABLE = [
+    ('pp_resnet18 pp_resnet50', 'baseline pp3 pp5', ['', 'aa', 'augmix', 'prime'], 'in1k'),
+    ('pp_resnet18 pp_resnet50', 'baseline pp3 pp5', [''], 'in100 in200'),
+    ('pp_resnet18_cifar pp_resnet50_cifar', 'baseline pp3 pp5', ['', 'augmix', 'prime'], 'c10'),
+    ('pp_resnet50', 'baseline pp3 pp5', ['', 'aa', 'augmix', 'prime'], 'e100_in1k'),
+    ('pp_resnet18', 'baseline pp3 pp5 pp3_negated', ['', 'augmix', 'prime'], 'r64_imagenette'),
+    ('pp_resnet18', 'baseline pp3 pp3_negated', ['contrastnorm'], 'r64_imagenette'),
+    ('pp_resnet18', 'baseline pp3', ['blurpool'], 'r64_imagenette'),
+    ('pp_resnet18', 'baseline', ['augmix contrastnorm'], 'r64_imagenette'),
+    ('pp_resnet18', 'baseline pp3_negated', ['prime contrastnorm'], 'r64_imagenette'),
+    ('pp_resnet50', 'baseline pp3', [''], 'r64_imagenette'),
+]
+RECIPES = {
+    f'{network}.{"_".join([unit, *additions.split(), base])}': (network, unit, additions.split(), base)
+    for networks, units, variants, bases in TABLE
+    for network, unit, additions, base in itertools.product(networks.split(), units.split(), variants, bases.split())
+}
 
 
 def list_recipes() -> dict[str, str]:
     """List the recipes.
 
     Returns:
-        What each is for, by its name.
+        Purpose of each recipe, by its name, in the order of the names.
     """
-    paths = sorted(hub_configs().glob(f'*/{RECIPE}'))
-    return {path.parent.name: path.read_text().splitlines()[0].lstrip('# ') for path in paths}
+    return {name: _purpose(name) for name in sorted(RECIPES)}
+
+
+def _purpose(name: str) -> str:
+    network, unit, additions, base = RECIPES[name]
+    words = [ADDITIONS[addition][0] for addition in additions]
+    if AUGMENTATIONS.keys().isdisjoint(additions):
+        words.append('no augmentation' + ' beyond crop and flip' * (base == 'r64_imagenette'))
+    return f'{NETWORKS[network]}{UNITS[unit][0]}, {", ".join(words)}, {BASES[base][0]}.'
 
 
 def read_recipe(name: str) -> dict[str, Any]:
     """Read a recipe.
 
     Args:
-        name: Architecture and tag.
+        name: Name of the recipe, such as ``pp_resnet50.pp3_prime_in1k``.
 
     Returns:
-        Values of ``train.py``'s options by their names.
+        Options of ``train.py`` by name. ``class_map`` is an absolute path in this package.
 
     Raises:
-        ValueError: If there is no such recipe.
+        ValueError: If there is no such recipe; the message has the nearest names.
     """
-    return yaml.safe_load(recipe_path(name).read_text())
+    if name not in RECIPES:
+        of_network = [recipe for recipe in sorted(RECIPES) if recipe.startswith(f'{name}.')]
+        near = of_network or difflib.get_close_matches(name, RECIPES, n=3, cutoff=0)
+        raise ValueError(f'name must be one of the recipes, got {name!r}; the nearest are {", ".join(near)}.')
+    network, unit, additions, base = RECIPES[name]
+    recipe = {'model': network, 'model_kwargs': {**UNITS[unit][1]}, 'experiment': name, **copy.deepcopy(OPTIONS[base])}
+    for addition in additions:
+        _, options, model_kwargs = ADDITIONS[addition]
+        recipe.update(options)
+        recipe['model_kwargs'].update(model_kwargs)
+    if 'class_map' in recipe:
+        recipe['class_map'] = find_class_map(recipe['class_map'])
+    return recipe
 
 
-def recipe_command(name: str, processes: int = 1) -> str:
-    """Tell the command that trains a recipe with timm's ``train.py``.
-
-    The batch of a step is the same for any number of processes: they share first the steps whose gradients are
-    accumulated, then the pictures.
+def recipe_text(name: str, with_paths: bool = True) -> str:
+    """Write a recipe as a file for ``train.py --config``, with its purpose and notes as comments.
 
     Args:
-        name: Architecture and tag.
-        processes: How many, one for each device.
+        name: Name of the recipe.
+        with_paths: Give ``class_map`` as a path on this machine; False gives the file's name alone, for a file that
+            goes to other machines.
 
     Returns:
-        Command line, to be run in a checkout of timm's repository; DATA stands for the folder of the dataset.
+        Text of the file, in YAML.
 
     Raises:
-        ValueError: If there is no such recipe, or if its batch cannot be shared equally.
+        ValueError: If there is no such recipe; the message has the nearest names.
+    """
+    recipe = read_recipe(name)
+    if 'class_map' in recipe and not with_paths:
+        recipe['class_map'] = Path(recipe['class_map']).name
+    comments = [_purpose(name), *BASES[RECIPES[name][3]][1].splitlines()]
+    options = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=120)
+    return ''.join(f'# {line}\n' for line in comments) + options
+
+
+def recipe_commands(name: str, processes: int = 4) -> list[str]:
+    """Give the commands that train a recipe with timm's ``train.py``, in a checkout of timm's repository.
+
+    A step has the same batch for any number of processes: they share the accumulation steps first, then the images.
+
+    Args:
+        name: Name of the recipe.
+        processes: Number of processes of the last command, one for each device.
+
+    Returns:
+        The command that writes the recipe's file, the command that trains in one process, and the command that trains
+        in several; DATA stands for the folder of the data set.
+
+    Raises:
+        ValueError: If there is no such recipe, or if the processes cannot share its batch equally.
     """
     if processes < 1:
         raise ValueError(f'processes must be at least 1, got {processes}.')
     recipe = read_recipe(name)
-    words = ['python'] if processes == 1 else ['torchrun', f'--nproc-per-node={processes}']
-    words += ['train.py', '--config', str(recipe_path(name)), '--data-dir', 'DATA']
-    if 'class_map' in recipe:
-        words += ['--class-map', find_class_map(Path(recipe['class_map']).name.removesuffix('_synsets.txt'))]
-    if processes > 1:
-        steps, batch_size = recipe.get('grad_accum_steps', 1), recipe['batch_size']
-        shared_steps = math.gcd(steps, processes)
-        if batch_size % (processes // shared_steps):
-            raise ValueError(f'processes must share batches of {batch_size} equally, got {processes}.')
-        words += ['--batch-size', str(batch_size * shared_steps // processes)]
-        if steps > 1:
-            words += ['--grad-accum-steps', str(steps // shared_steps)]
-    return shlex.join(words)
+    train = ['train.py', '--config', f'{name}.yaml', '--data-dir', 'DATA']
+    steps, batch_size = recipe.get('grad_accum_steps', 1), recipe['batch_size']
+    shared_steps = math.gcd(steps, processes)
+    if batch_size % (processes // shared_steps):
+        raise ValueError(f'processes must share batches of {batch_size} equally, got {processes}.')
+    several = [*train, '--batch-size', str(batch_size * shared_steps // processes)]
+    if steps > 1:
+        several += ['--grad-accum-steps', str(steps // shared_steps)]
+    commands = [
+        ['timm-pushpull', 'recipes', name, '--output', f'{name}.yaml'],
+        ['python', *train],
+        ['torchrun', f'--nproc-per-node={processes}', *several],
+    ]
+    return [shlex.join(command) for command in commands]

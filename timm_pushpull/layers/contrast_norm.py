@@ -1,8 +1,9 @@
-"""Global contrast normalization: every image gets mean 0 and standard deviation 1, so that its light matters less.
+"""Global contrast normalization: every image gets mean 0 and standard deviation 1, so that light matters less.
 
-It sees the images as the loader gives them, less the mean of the data set in each channel. What scales and shifts these
-values alike is lost; darker pixels do more: the means, which do not darken along, stay as a tint, the stronger the less
-contrast is left. So the effect of light is much smaller, but not gone.
+The images arrive as the loader normalizes them: less the mean of the data set, divided by its standard deviation, in
+each channel. Normalizing again removes a factor and a shift that all values share. Darker light is such a factor on the
+pixels, but not on the normalized values: the mean of the data set is subtracted in full. So a dark image keeps a tint,
+the stronger the less contrast it has.
 """
 
 import torch.nn as nn
@@ -13,23 +14,23 @@ __all__ = ['add_contrast_norm', 'normalize_contrast']
 
 
 def normalize_contrast(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Normalize each image by all its values: (x - mean(x)) / sqrt(var(x) + 1e-5).
+    """Normalize each image over all its pixels and channels: (x - mean(x)) / sqrt(var(x) + 1e-5).
 
     Args:
-        layer: Layer before which it happens, as for a forward pre-hook.
-        inputs: Images (N, C, H, W) alone.
+        layer: Layer that the function is a forward pre-hook of.
+        inputs: One tensor of images (N, C, H, W).
 
     Returns:
-        Images of that shape, alone; one whose values are all equal becomes 0.
+        One tensor of images (N, C, H, W). An image of one value becomes 0.
     """
     return (F.group_norm(inputs[0], 1),)
 
 
 def add_contrast_norm(layer: nn.Module) -> None:
-    """Put :func:`normalize_contrast` before a layer, wherever in a network it is called.
+    """Put :func:`normalize_contrast` before a layer, wherever the layer is called.
 
-    A hook and not a module: timm's feature extractors call the layers of a ResNet one by one, and the names in a
-    checkpoint stay those of the network without it.
+    A hook, not a module: timm's feature extractors call the layers of a ResNet one by one, and a module would change
+    the names in checkpoints.
 
     Args:
         layer: First layer of a network.

@@ -1,4 +1,4 @@
-"""Puts the push-pull unit in place of the first convolution of any timm model."""
+"""Replaces the first convolution of any timm model by a push-pull unit."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..layers.push_pull import PushPullConv2d
+from ..ops.reference import PullKernel
 
 __all__ = ['convert_to_push_pull']
 
@@ -18,27 +19,28 @@ def convert_to_push_pull(
     avg_pool_size: int = 3,
     alpha: float | Sequence[float] | Tensor | None = None,
     trainable_alpha: bool = True,
-    pull_kernel: str = 'inverted',
+    pull_kernel: PullKernel = 'inverted',
 ) -> ModelT:
-    """Replace the first convolution of a timm model by a push-pull unit that keeps its weights.
+    """Replace the first convolution of a timm model by a push-pull unit with the same weights.
 
-    The first convolution is the one that timm names in ``model.pretrained_cfg['first_conv']``; where it names several,
-    each is replaced. The settings are those of :class:`~timm_pushpull.PushPullConv2d`.
+    timm names the first convolution in ``model.pretrained_cfg['first_conv']``; where timm names several, each is
+    replaced.
 
     Args:
-        model: Model made by ``timm.create_model``; changed in place.
+        model: Model made by ``timm.create_model``; it is changed in place.
         avg_pool_size: Side of the window that averages the pull response, an odd number of output pixels; 0 for no
             averaging.
-        alpha: Inhibition strength; with ``trainable_alpha`` its initial value, None for uniform on [0, 1).
+        alpha: Inhibition strength, one number or one for each output channel. For a trainable alpha its initial value;
+            None draws it uniformly from [0, 1).
         trainable_alpha: Train one alpha for each output channel; False keeps the given number.
-        pull_kernel: 'inverted', the paper's, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
+        pull_kernel: 'inverted' for the paper's kernel, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If the model has no such convolution, or one that does more than ``nn.Conv2d``; or as
-            :class:`~timm_pushpull.PushPullConv2d`.
+        ValueError: If timm names no first convolution, if it is not exactly an ``nn.Conv2d``, or if a setting is
+            refused by :class:`~timm_pushpull.PushPullConv2d`.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f'model must be made by timm.create_model, got {model!r}.')

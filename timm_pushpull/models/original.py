@@ -1,6 +1,6 @@
-"""Checkpoints of the published code (PyTorch Lightning): their names, their settings, how to read them safely.
+"""Reads checkpoints of the original code, the code of the paper's authors, without running anything they hold.
 
-Code: https://github.com/bgswaroop/pushpull-conv
+Original code, with PyTorch Lightning: https://github.com/bgswaroop/pushpull-conv
 """
 
 import pathlib
@@ -23,18 +23,18 @@ __all__ = [
 
 
 def rename_original(state_dict: dict[str, Any], model: nn.Module, prefix: str = '') -> None:
-    """Give published weights timm's names, in place; other weights stay as they are.
+    """Give the weights of an original checkpoint timm's names, in place; other checkpoints stay as they are.
 
-    The bias of the first convolution goes into the mean of the BatchNorm after it, which leaves the logits of a model
-    in eval mode equal.
+    The original first convolution has a bias. It is subtracted from the running mean of the next BatchNorm, which gives
+    equal logits in evaluation mode.
 
     Args:
         state_dict: Weights by name.
-        model: ResNet that will load them.
-        prefix: What stands before the ResNet's names.
+        model: ResNet that will load the weights.
+        prefix: Prefix of the ResNet's names in ``state_dict``.
 
     Raises:
-        ValueError: If the model lacks the inhibition the weights were trained with.
+        ValueError: If the model lacks the push-pull unit or the fixed inhibition strength of the checkpoint.
     """
     if prefix + 'bn.running_mean' not in state_dict:
         return
@@ -42,10 +42,12 @@ def rename_original(state_dict: dict[str, Any], model: nn.Module, prefix: str = 
     trained_alpha = prefix + 'conv1.pull_inhibition_strength' in state_dict
     stem: Any = model.conv1
     if push_pull and not isinstance(stem, PushPullConv2d):
-        raise ValueError('The published checkpoint is one of a push-pull network, but the model has push_pull=False.')
+        raise ValueError(
+            'The original checkpoint has a push-pull unit, the model has none: create it without push_pull=False.'
+        )
     if push_pull and not trained_alpha and stem.trainable_alpha:
         raise ValueError(
-            'The published checkpoint was trained with a fixed inhibition strength, which its weights do not hold: '
+            'The original checkpoint was trained with a fixed inhibition strength, which is not among its weights: '
             "create the model with alpha=<the file's hyper_parameters['pull_inhibition_strength']> and "
             'trainable_alpha=False.'
         )
@@ -58,15 +60,15 @@ def rename_original(state_dict: dict[str, Any], model: nn.Module, prefix: str = 
         'bn.': 'bn1.',
         'classifier.': 'fc.',
     }
-    for published, ours in names.items():
-        for name in [name for name in state_dict if name.startswith(prefix + published)]:
-            state_dict[prefix + ours + name[len(prefix + published) :]] = state_dict.pop(name)
+    for original, ours in names.items():
+        for name in [name for name in state_dict if name.startswith(prefix + original)]:
+            state_dict[prefix + ours + name.removeprefix(prefix + original)] = state_dict.pop(name)
 
 
 def allow_paths_in_checkpoints() -> None:
-    """Let ``torch.load(weights_only=True)`` read the file paths that published files hold among their settings.
+    """Let ``torch.load(weights_only=True)`` read the file paths among the settings of original checkpoints.
 
-    A path of either system is read as a pure one, which is a name and touches no file.
+    It reads a Posix or Windows path as a pure path, which gives no access to files.
     """
     systems = {'Posix': pathlib.PurePosixPath, 'Windows': pathlib.PureWindowsPath}
     torch.serialization.add_safe_globals(
@@ -80,22 +82,22 @@ def allow_paths_in_checkpoints() -> None:
 
 
 class OriginalCheckpoint(NamedTuple):
-    """What a published file holds of a network."""
+    """Content of an original checkpoint."""
 
     architecture: str
     """Name of the network for ``timm.create_model``."""
     model_args: dict[str, Any]
-    """Its settings, as keyword arguments of ``timm.create_model``."""
+    """Settings of the network, as keyword arguments of ``timm.create_model``."""
     pretrained_cfg: dict[str, Any]
-    """How its images were prepared, where that differs from the network's default."""
+    """Preprocessing of the images, where it differs from the network's default."""
     state_dict: dict[str, torch.Tensor]
-    """Weights by the published names, which our networks load."""
+    """Weights by their original names; the networks of this package load them."""
     left_out: list[str]
     """Classes of the settings that were not read."""
 
 
 class _LeftOut:
-    """Stands for an object of a class that is not known to be harmless: keeps nothing, does nothing."""
+    """Takes the place of an object whose class may be harmful: keeps nothing, does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> '_LeftOut':
         return super().__new__(cls)
@@ -108,20 +110,20 @@ class _LeftOut:
 
 
 def read_original_checkpoint(path: str) -> OriginalCheckpoint:
-    """Read a file of the published code, with its settings and without running anything it holds.
+    """Read weights and settings of an original checkpoint, without running anything it holds.
 
-    The settings may hold objects of any class (an augmentation, a logger). Those that are not plain data are left out
-    and named in the result.
+    The settings may hold objects of any class, such as an augmentation or a logger. Objects that are not plain data are
+    left out; the result names their classes.
 
     Args:
-        path: A Lightning checkpoint (.ckpt).
+        path: Lightning checkpoint (.ckpt).
 
     Returns:
         Architecture, settings, weights, and the classes that were left out.
 
     Raises:
-        ValueError: If the file is not a checkpoint, if it is not a published ResNet, or if its settings cannot be read
-            without running code.
+        ValueError: If the file is not a checkpoint, if it does not hold a ResNet of the original code, or if its
+            settings cannot be read without running code.
     """
     try:
         left_out = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -132,15 +134,15 @@ def read_original_checkpoint(path: str) -> OriginalCheckpoint:
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f'{path} cannot be read without running what it holds: {", ".join(left_out)}. If you trust where it comes '
-            'from, load it with weights_only=False and save its state_dict and the plain hyper_parameters anew.'
+            f'{path} cannot be read without running code that it names: {", ".join(left_out)}. If you trust its '
+            'source, load it with weights_only=False, and save its state_dict and plain hyper_parameters in a new file.'
         ) from error
     if not isinstance(checkpoint, dict) or not {'state_dict', 'hyper_parameters'} <= checkpoint.keys():
-        raise ValueError(f'{path} is not a checkpoint of the published code: it lacks state_dict or hyper_parameters.')
+        raise ValueError(f'{path} is not a checkpoint of the original code: it lacks state_dict or hyper_parameters.')
     settings, state_dict = checkpoint['hyper_parameters'], checkpoint['state_dict']
     if not {'conv1.bias', 'bn.running_mean', 'classifier.weight'} <= state_dict.keys() or 'model' not in settings:
         raise ValueError(
-            f'{path} is not a ResNet of the published code: it lacks conv1.bias, bn.running_mean, classifier.weight '
+            f'{path} is not a ResNet of the original code: it lacks conv1.bias, bn.running_mean, classifier.weight '
             "or hyper_parameters['model']."
         )
 
@@ -161,20 +163,20 @@ def read_original_checkpoint(path: str) -> OriginalCheckpoint:
 
 
 def convert_original_checkpoint(path: str, folder: str) -> OriginalCheckpoint:
-    """Write a file of the published code as a model folder of timm, for ``create_model('local-dir:...')``.
+    """Turn an original checkpoint into a folder for ``timm.create_model('local-dir:FOLDER', pretrained=True)``.
 
     Args:
-        path: A Lightning checkpoint (.ckpt).
-        folder: Where config.json and model.safetensors go; must not exist.
+        path: Lightning checkpoint (.ckpt).
+        folder: New folder for ``config.json`` and ``model.safetensors``.
 
     Returns:
-        What was read.
+        Content of the checkpoint.
 
     Raises:
         FileExistsError: If the folder exists.
-        ValueError: As :func:`read_original_checkpoint`, or if timm-pushpull has no such network.
+        ValueError: If :func:`read_original_checkpoint` refuses the file, or if timm-pushpull has no such network.
     """
-    # Importing timm registers the networks, whose module needs this one whole.
+    # Not at the top: importing timm registers the networks, whose module imports this one.
     from timm.models import create_model, is_model, list_models, save_for_hf
 
     target = pathlib.Path(folder)
@@ -182,7 +184,9 @@ def convert_original_checkpoint(path: str, folder: str) -> OriginalCheckpoint:
         raise FileExistsError(f'{folder} exists: name a new folder.')
     checkpoint = read_original_checkpoint(path)
     if not is_model(checkpoint.architecture):
-        raise ValueError(f'{path} holds a {checkpoint.architecture}, which is not one of {list_models("pp_*")}.')
+        raise ValueError(
+            f'{path} holds a {checkpoint.architecture}, which is not one of {", ".join(list_models("pp_*"))}.'
+        )
     model = create_model(
         checkpoint.architecture, pretrained_cfg_overlay=checkpoint.pretrained_cfg, **checkpoint.model_args
     )

@@ -20,12 +20,14 @@ from timm.models import (
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..augment.in_model import augment_in_training
-from ..layers.contrast_norm import add_contrast_norm
-from ..hub.registry import fetch_weights, hub_configs, read_hub_models
 from ..augment.prime import PRIME
-from .original import allow_paths_in_checkpoints, rename_original
+from ..hub.recipes import list_recipes, read_recipe
+from ..hub.registry import fetch_weights, hub_configs, read_hub_models
+from ..layers.contrast_norm import add_contrast_norm
 from ..layers.push_pull import PushPullConv2d
-from ..layers.stem import use_chunks, stem_in_chunks
+from ..layers.stem import stem_in_chunks, use_chunks
+from ..ops.reference import PullKernel
+from .original import allow_paths_in_checkpoints, rename_original
 
 __all__ = ['PushPullResNet']
 
@@ -34,29 +36,30 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 class PushPullResNet(ResNet):
-    """ResNet whose first convolution is a :class:`~timm_pushpull.PushPullConv2d`.
+    """timm's ResNet with a :class:`~timm_pushpull.PushPullConv2d` as its first convolution.
 
     Args:
-        *args: As timm's ``ResNet``.
-        push_pull: Put the unit in place; False leaves the plain convolution, for a baseline alike in all else.
+        *args: Arguments of timm's ``ResNet``.
+        push_pull: Use the push-pull unit; False keeps the plain convolution, for a baseline.
         avg_pool_size: Side of the window that averages the pull response, an odd number of pixels of the stem's
             output; 0 for no averaging.
-        alpha: Inhibition strength; with ``trainable_alpha`` its initial value, None for uniform on [0, 1).
-        trainable_alpha: Train one alpha for each output channel of the stem; False keeps the given number.
-        pull_kernel: 'inverted', the paper's, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
-        stem_type: As timm's ``ResNet`` ('', 'deep', 'deep_tiered'), or 'cifar' for images of about 32x32: 3x3,
-            stride 1, no max-pool, so that every feature map is four times as large on a side as that of ``''``.
-        output_stride: Stride of the last feature map: 32, 16 or 8, with the 'cifar' stem 8, 4 or 2.
-        aa_layer: Anti-aliasing, as timm's ``ResNet``, or by a name: 'blur' or 'avg'.
-        contrast_norm: Subtract each image's mean and divide by its standard deviation, over pixels and channels, before
-            the stem, see :func:`~timm_pushpull.layers.contrast_norm.normalize_contrast`.
-        augment: 'prime' augments each batch by :class:`~timm_pushpull.PRIME` in training mode, with its settings for
+        alpha: Inhibition strength, one number or one for each of the 64 channels of the stem. For a trainable alpha its
+            initial value; None draws it uniformly from [0, 1).
+        trainable_alpha: Train one alpha for each channel of the stem; False keeps the given number.
+        pull_kernel: 'inverted' for the paper's kernel, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
+        stem_type: '', 'deep' or 'deep_tiered', as for timm's ``ResNet``, or 'cifar' for images of about 32x32: a 3x3
+            convolution of stride 1 and no max-pool. Every feature map then has four times the side.
+        output_stride: Stride of the last feature map: 32, 16 or 8; with the 'cifar' stem 8, 4 or 2.
+        aa_layer: Anti-aliasing layer: a class, as for timm's ``ResNet``, or 'blur' or 'avg'.
+        contrast_norm: Give each image mean 0 and standard deviation 1 before the stem, see
+            :func:`~timm_pushpull.layers.contrast_norm.normalize_contrast`.
+        augment: 'prime' augments each batch with :class:`~timm_pushpull.PRIME` in training mode, with the settings for
             32x32 under the 'cifar' stem and those for ImageNet otherwise; None for no augmentation.
-        **kwargs: As timm's ``ResNet``.
+        **kwargs: Keyword arguments of timm's ``ResNet``.
 
     Raises:
-        ValueError: As :class:`~timm_pushpull.PushPullConv2d`, if the stride does not exist with the 'cifar' stem, or if
-            the anti-aliasing does not exist.
+        ValueError: If a setting is refused by :class:`~timm_pushpull.PushPullConv2d`, or if there is no such stride,
+            anti-aliasing layer or augmentation.
     """
 
     __jit_unused_properties__ = ['_model_args']
@@ -68,7 +71,7 @@ class PushPullResNet(ResNet):
         avg_pool_size: int = 3,
         alpha: float | Sequence[float] | None = None,
         trainable_alpha: bool = True,
-        pull_kernel: str = 'inverted',
+        pull_kernel: PullKernel = 'inverted',
         stem_type: str = '',
         output_stride: int = 32,
         contrast_norm: bool = False,
@@ -105,14 +108,14 @@ class PushPullResNet(ResNet):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm writes to config.json to build the model anew: how it was trained is not among it."""
-        if '_model_args_to_keep' not in self.__dict__:
-            raise AttributeError('_model_args')  # as before timm 1.0.31, which never sets them
-        return self.__dict__['_model_args_to_keep']
+        """Arguments that timm writes to config.json, all but the augmentation of the training."""
+        if '_kept_model_args' not in self.__dict__:
+            raise AttributeError('_model_args')  # timm sets them since 1.0.31
+        return self.__dict__['_kept_model_args']
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
-        self.__dict__['_model_args_to_keep'] = {name: value for name, value in args.items() if name != 'augment'}
+        self.__dict__['_kept_model_args'] = {name: value for name, value in args.items() if name != 'augment'}
 
     def _shrink_stem(self) -> None:
         conv = nn.Conv2d(self.in_chans, 64, kernel_size=3, padding=1, bias=False).to(next(self.conv1.parameters()))
@@ -127,7 +130,7 @@ class PushPullResNet(ResNet):
         return 'contrast_norm=True' if self.contrast_norm else ''
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply what comes before the first stage; in inference on a CPU in pieces of the batch."""
+        """Apply the layers before the first stage; in inference on a CPU on chunks of the batch."""
         if not torch.jit.is_scripting():
             stem: Any = (self.conv1, self.bn1, self.act1, self.maxpool)
             if use_chunks(stem, x):
@@ -135,20 +138,20 @@ class PushPullResNet(ResNet):
         return self.maxpool(self.act1(self.bn1(self.conv1(x))))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """As timm's ResNet."""
+        """Compute the last feature map, as timm's ``ResNet`` does."""
         x = self.forward_stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[operator]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Renamed here too, because timm's `--initial-checkpoint` knows no filter function.
+        # Renamed here too, because timm's `--initial-checkpoint` calls no filter function.
         rename_original(state_dict, self, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _aa_layer(name: str) -> type[nn.Module]:
-    """What timm's ``ResNet``, unlike other models of timm, knows by its class only."""
+    """Return a layer by its name: timm's ``ResNet`` takes the class alone."""
     layers: dict[str, type[nn.Module]] = {'blur': BlurPool2d, 'avg': nn.AvgPool2d}
     if name not in layers:
         raise ValueError(f'aa_layer must be a class or one of {", ".join(layers)}, got {name!r}.')
@@ -156,17 +159,17 @@ def _aa_layer(name: str) -> type[nn.Module]:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Fit a checkpoint of this package, of timm's ResNet or of the published code to the model.
+    """Fit a checkpoint of this package, of timm's ResNet or of the original code to a model.
 
     Args:
         state_dict: Weights by name.
-        model: Network that will load them.
+        model: Network that will load the weights.
 
     Returns:
-        Weights by the model's names, without alpha where the checkpoint has none.
+        Weights by the model's names; without alpha where the checkpoint has none.
 
     Raises:
-        ValueError: If names are missing or left over, the classifier's aside: timm adapts that itself.
+        ValueError: If weights are missing or left over. The classifier may be: timm adapts it.
     """
     state_dict = dict(state_dict)
     rename_original(state_dict, model)
@@ -217,41 +220,63 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 HUB_MODELS = read_hub_models(hub_configs())
-# Which of a network's weights come without a tag.
-DEFAULTS = {'pp_resnet18.pp3_r64_imagenette'}
+# Weights that pretrained=True loads into a network without a tag; of other networks the first in HUB_MODELS.
+DEFAULTS = {'pp_resnet18': 'pp_resnet18.pp3_r64_imagenette'}
 SOURCES = {'file', 'hf_hub_id', 'state_dict', 'url'}
 
+# The networks without weights.
+PLAIN_CFGS = {
+    'pp_resnet18': _cfg(),
+    'pp_resnet34': _cfg(),
+    'pp_resnet50': _cfg(),
+    'pp_resnet101': _cfg(),
+    'pp_resnet152': _cfg(),
+    'pp_resnext50_32x4d': _cfg(),
+    'pp_resnet18_cifar': _cifar_cfg(),
+    'pp_resnet50_cifar': _cifar_cfg(),
+}
+
+
+def _has_default_weights(network: str) -> bool:
+    if network in DEFAULTS:
+        return DEFAULTS[network] in HUB_MODELS
+    return any(name.startswith(f'{network}.') for name in HUB_MODELS)
+
+
+# '*' marks the default of a network. Where its default weights cannot be read, '.*' makes no weights the default.
 default_cfgs = generate_default_cfgs(
     {
-        'pp_resnet18.untrained': _cfg(),
-        'pp_resnet34.untrained': _cfg(),
-        'pp_resnet50.untrained': _cfg(),
-        'pp_resnet101.untrained': _cfg(),
-        'pp_resnet152.untrained': _cfg(),
-        'pp_resnext50_32x4d.untrained': _cfg(),
-        'pp_resnet18_cifar.untrained': _cifar_cfg(),
-        'pp_resnet50_cifar.untrained': _cifar_cfg(),
-        **{name + '*' * (name in DEFAULTS): model.pretrained_cfg for name, model in HUB_MODELS.items()},
+        **{name + '*' * (name in DEFAULTS.values()): model.pretrained_cfg for name, model in HUB_MODELS.items()},
+        **{
+            network + '.*' * (network in DEFAULTS): cfg
+            for network, cfg in PLAIN_CFGS.items()
+            if not _has_default_weights(network)
+        },
     }
 )
 
 
 def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
     cfg, overlay = kwargs.pop('pretrained_cfg', None), dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    if cfg and isinstance(cfg, str) and f'{variant}.{cfg}' not in HUB_MODELS:
+        raise RuntimeError(_no_such_tag(variant, cfg))
     if not cfg and not (pretrained and SOURCES.isdisjoint(key for key, value in overlay.items() if value)):
-        cfg = 'untrained'  # no tag, and not the default tag's weights: so not the classes and the size of its pictures
+        cfg = PLAIN_CFGS[variant]  # only the default weights set the classes and the image size of their data set
     resolved = resolve_pretrained_cfg(variant, cfg, overlay)
-    published = None if resolved.source else HUB_MODELS.get(f'{variant}.{resolved.tag}')
-    if published is not None:
-        kwargs = {**published.model_args, **kwargs}
+    hub_model = None if resolved.source else HUB_MODELS.get(f'{variant}.{resolved.tag}')
+    if hub_model is not None:
+        kwargs = {**hub_model.model_args, **kwargs}
     if pretrained:
         sources = {source for source in SOURCES if getattr(resolved, source)}
         if not sources:
-            raise RuntimeError(_no_weights(variant, resolved.tag))
-        if published is not None and published.sha256 and sources == {'hf_hub_id'}:
-            repo_id = published.pretrained_cfg['hf_hub_id']
+            raise RuntimeError(
+                f'No pretrained weights of {variant} are on the Hub. Train the network ("timm-pushpull recipes" lists '
+                f'recipes), use pretrained=False, or use a model with weights: {", ".join(HUB_MODELS)}.'
+            )
+        if hub_model is not None and sources == {'hf_hub_id'}:
+            repo_id = hub_model.pretrained_cfg['hf_hub_id']
             if resolved.hf_hub_id == repo_id:
-                overlay['file'] = fetch_weights(repo_id, published.sha256, kwargs.get('cache_dir'))
+                overlay['file'] = fetch_weights(repo_id, hub_model.sha256, kwargs.get('cache_dir'))
     model: Any = build_model_with_cfg(
         PushPullResNet,
         variant,
@@ -262,17 +287,20 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
         **kwargs,
     )
     if resolved.file is None:
-        model.pretrained_cfg.pop('file', None)  # where the cache has it is no part of what the model is
+        model.pretrained_cfg.pop('file', None)  # a path in the cache does not describe the model
     return model
 
 
-def _no_weights(variant: str, tag: str | None) -> str:
-    name = f'{variant}.{tag}' if f'{variant}.{tag}' in HUB_MODELS else variant
-    how = f'timm-pushpull recipes {name}' if name in HUB_MODELS else 'timm-pushpull recipes'
-    published = [published for published, model in HUB_MODELS.items() if model.sha256]
+def _no_such_tag(variant: str, tag: str) -> str:
+    name = f'{variant}.{tag}'
+    if name not in list_recipes():
+        return f'{name} is not a model with weights; those are {", ".join(HUB_MODELS)}.'
+    recipe = read_recipe(name)
+    settings = {key: value for key, value in recipe['model_kwargs'].items() if key != 'augment'}
+    words = ', '.join(f'{key}={value}' for key, value in {'num_classes': recipe['num_classes'], **settings}.items())
     return (
-        f'No pretrained weights of {name} are published yet. Train them ("{how}" tells how), use '
-        f'pretrained=False, or what is published: {", ".join(published)}.'
+        f'{name} is a recipe without weights. Load its checkpoint into {variant} with its model_kwargs: {words}. '
+        f'Its images have input_size={recipe["input_size"]} and crop_pct={recipe["crop_pct"]}.'
     )
 
 
