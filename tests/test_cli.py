@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_original import STEMS, published
+from test_original import STEMS, save_original
 
 from timm_pushpull import demo
 from timm_pushpull.cli import main
@@ -32,10 +32,10 @@ def test_demo_without_its_extra(monkeypatch, capsys):
     assert capsys.readouterr().err == "timm-pushpull: The demo needs sklearn: pip install 'timm-pushpull[demo]'\n"
 
 
-def test_convert(tmp_path, capsys):
+def test_import_original(tmp_path, capsys):
     make_stem, hyper_parameters, _ = STEMS['pp5 fixed']
-    theirs = published(make_stem(), tmp_path / 'last.ckpt', trap=torch.nn.Dropout(), **hyper_parameters)
-    assert main(['convert', str(tmp_path / 'last.ckpt'), str(tmp_path / 'new' / 'model')]) == 0
+    theirs = save_original(make_stem(), tmp_path / 'last.ckpt', trap=torch.nn.Dropout(), **hyper_parameters)
+    assert main(['import-original', str(tmp_path / 'last.ckpt'), str(tmp_path / 'new' / 'model')]) == 0
     assert 'pp_resnet18 (in_chans=3, num_classes=10, push_pull=True, avg_pool_size=5' in capsys.readouterr().out
     assert {p.name for p in (tmp_path / 'new').rglob('*')} == {'model', 'config.json', 'model.safetensors'}
     ours = timm.create_model(f'local-dir:{tmp_path}/new/model', pretrained=True).eval()
@@ -53,10 +53,10 @@ def test_convert(tmp_path, capsys):
         ('model.ckpt', 'new', 'holds a pp_vgg, which is not one of'),
     ],
 )
-def test_convert_refuses_in_one_line(name, folder, message, tmp_path, capsys):
-    published(torch.nn.Conv2d(3, 64, 7, 2, 3), tmp_path / 'model.ckpt', model='vgg')
+def test_import_original_refuses_in_one_line(name, folder, message, tmp_path, capsys):
+    save_original(torch.nn.Conv2d(3, 64, 7, 2, 3), tmp_path / 'model.ckpt', model='vgg')
     (tmp_path / 'text.ckpt').write_text('not a checkpoint')
-    assert main(['convert', str(tmp_path / name), str(tmp_path / folder)]) == 2
+    assert main(['import-original', str(tmp_path / name), str(tmp_path / folder)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1
     assert not (tmp_path / 'new').exists()
@@ -66,7 +66,7 @@ def test_command_is_installed():
     command = Path(sys.executable).with_name('timm-pushpull')
     result = subprocess.run([command, '--help'], capture_output=True, text=True, check=True)
     assert 'demo' in result.stdout
-    result = subprocess.run([command, 'convert', 'missing.ckpt', 'new'], capture_output=True, text=True)
+    result = subprocess.run([command, 'import-original', 'missing.ckpt', 'new'], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith('timm-pushpull: ') and result.stderr.count('\n') == 1
 
 

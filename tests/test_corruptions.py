@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_pushpull.robustness.corruptions import SEVERITIES, corrupt
-from timm_pushpull.robustness.metrics import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
+from timm_pushpull.robustness.corruptions import corrupt
+from timm_pushpull.robustness.metrics import HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
 
 imagecorruptions = pytest.importorskip('imagecorruptions')
-# These compute; the others draw.
-WITHOUT_A_DRAW = {
+# The other corruptions draw random numbers.
+DETERMINISTIC = {
     'defocus_blur',
     'zoom_blur',
     'brightness',
@@ -22,59 +22,59 @@ WITHOUT_A_DRAW = {
 }
 
 
-def picture(height=40, width=48):
+def gradients(height=40, width=48):
     rows, columns = np.mgrid[:height, :width]
     pixels = np.stack([rows * 5, columns * 5, 128 + 100 * np.sin(rows / 3) * np.cos(columns / 4)], -1)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize('corruption', [*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS])
-def test_the_place_decides_the_draw(corruption):
-    image = picture()
+def test_index_and_seed_decide_the_draw(corruption):
+    image = gradients()
     first = np.asarray(corrupt(image, corruption, 3, index=7))
     assert first.shape == (40, 48, 3) and not np.array_equal(first, np.asarray(image))
     np.random.seed(1)
     corrupt(image, 'snow', 2, index=0)
     assert np.array_equal(corrupt(image, corruption, 3, index=7), first)
     differs = not np.array_equal(corrupt(image, corruption, 3, index=8), first)
-    assert differs == (corruption not in WITHOUT_A_DRAW)
+    assert differs == (corruption not in DETERMINISTIC)
     differs = not np.array_equal(corrupt(image, corruption, 3, index=7, seed=1), first)
-    assert differs == (corruption not in WITHOUT_A_DRAW)
+    assert differs == (corruption not in DETERMINISTIC)
 
 
-@pytest.mark.parametrize('corruption', sorted(WITHOUT_A_DRAW))
+@pytest.mark.parametrize('corruption', sorted(DETERMINISTIC))
 @pytest.mark.parametrize('severity', SEVERITIES)
-def test_it_is_the_packages_corruption(corruption, severity):
-    expected = imagecorruptions.corrupt(np.asarray(picture()), severity, corruption)
-    assert np.array_equal(corrupt(picture(), corruption, severity, index=0), expected)
+def test_corruptions_are_those_of_the_package(corruption, severity):
+    expected = imagecorruptions.corrupt(np.asarray(gradients()), severity, corruption)
+    assert np.array_equal(corrupt(gradients(), corruption, severity, index=0), expected)
 
 
 def test_another_process_draws_the_same(tmp_path):
     names = ['gaussian_noise', 'impulse_noise', 'glass_blur', 'frost', 'elastic_transform']
-    picture().save(tmp_path / 'picture.png')
+    gradients().save(tmp_path / 'image.png')
     program = f"""
 from PIL import Image
 from timm_pushpull.robustness.corruptions import corrupt
 for name in {names[::-1]}:
-    corrupt(Image.open({str(tmp_path / 'picture.png')!r}), name, 5, index=3).save(f'{tmp_path}/{{name}}.png')
+    corrupt(Image.open({str(tmp_path / 'image.png')!r}), name, 5, index=3).save(f'{tmp_path}/{{name}}.png')
 """
     subprocess.run([sys.executable, '-c', program], check=True)
     for name in names:
-        assert np.array_equal(Image.open(tmp_path / f'{name}.png'), corrupt(picture(), name, 5, index=3)), name
+        assert np.array_equal(Image.open(tmp_path / f'{name}.png'), corrupt(gradients(), name, 5, index=3)), name
 
 
-def test_numpys_generator_is_left_as_it_was():
+def test_the_state_of_numpys_generator_is_kept():
     np.random.seed(5)
     expected = np.random.random(3)
     np.random.seed(5)
-    corrupt(picture(), 'gaussian_noise', 1, index=0)
+    corrupt(gradients(), 'gaussian_noise', 1, index=0)
     assert np.array_equal(np.random.random(3), expected)
 
 
 def test_noise_grows_with_severity():
-    clean = np.asarray(picture(), dtype=float)
+    clean = np.asarray(gradients(), dtype=float)
     distances = [
-        np.abs(corrupt(picture(), 'gaussian_noise', severity, index=0) - clean).mean() for severity in SEVERITIES
+        np.abs(corrupt(gradients(), 'gaussian_noise', severity, index=0) - clean).mean() for severity in SEVERITIES
     ]
     assert distances == sorted(distances) and distances[4] > 2 * distances[0]
 
@@ -89,10 +89,10 @@ def test_noise_grows_with_severity():
 )
 def test_bad_arguments_are_refused(corruption, severity, size, message):
     with pytest.raises(ValueError, match=message):
-        corrupt(picture(size), corruption, severity, index=0)
+        corrupt(gradients(size), corruption, severity, index=0)
 
 
 def test_without_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'imagecorruptions', None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'timm-pushpull\[corruptions\]'"):
-        corrupt(picture(), 'fog', 1, index=0)
+        corrupt(gradients(), 'fog', 1, index=0)

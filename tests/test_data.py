@@ -8,18 +8,19 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from timm_pushpull.robustness.data import DatasetImages, UnreadableImage, find_class_map, open_stored
+from timm_pushpull.class_lists import find_class_map
+from timm_pushpull.robustness.data import DatasetImages, UnreadableImage, open_stored
 
 WNIDS = ['n01440764', 'n02102040', 'n02979186']
 
 
-def write_images(folder, shades, suffix='.png'):
-    """Two pictures of each class, of one shade."""
+def write_images(folder, shade, suffix='.png'):
+    """Write two images of each class, each of one shade."""
     for wnid in WNIDS:
         for index in range(2):
             path = folder / wnid / f'{wnid}_{index}{suffix}'
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new('L', (40, 36), shades(wnid, index)).save(path)
+            Image.new('L', (40, 36), shade(wnid, index)).save(path)
     return folder
 
 
@@ -27,48 +28,48 @@ def shade(wnid, index):
     return 20 * WNIDS.index(wnid) + index
 
 
-def shown(pictures, *of):
-    return [pictures.image(*of, place).getpixel((0, 0)) for place in range(len(pictures.targets))]
+def shades(images, *corruption):
+    return [images.image(*corruption, index).getpixel((0, 0)) for index in range(len(images.targets))]
 
 
 SHADES = [(value,) * 3 for value in (0, 1, 20, 21, 40, 41)]
 
 
 def test_image_folders(tmp_path):
-    pictures = DatasetImages(create_dataset('', root=str(write_images(tmp_path / 'val', shade))))
-    assert (pictures.targets, pictures.classes) == ([0, 0, 1, 1, 2, 2], WNIDS)
-    assert pictures.names[3] == 'n02102040/n02102040_1.png' and shown(pictures) == SHADES
+    images = DatasetImages(create_dataset('', root=str(write_images(tmp_path / 'val', shade))))
+    assert (images.targets, images.classes) == ([0, 0, 1, 1, 2, 2], WNIDS)
+    assert images.names[3] == 'n02102040/n02102040_1.png' and shades(images) == SHADES
 
 
-def test_class_map_that_joins_and_leaves_gaps(tmp_path):
+def test_a_class_map_can_join_classes_and_skip_indices(tmp_path):
     class_map = {'n01440764': 4, 'n02979186': 4, 'n01': 2}
     root = str(write_images(tmp_path, shade))
-    pictures = DatasetImages(create_dataset('', root=root, class_map=class_map))
-    assert pictures.targets == [4, 4, 4, 4] and pictures.classes == ['', '', 'n01', '', 'n01440764']
+    images = DatasetImages(create_dataset('', root=root, class_map=class_map))
+    assert images.targets == [4, 4, 4, 4] and images.classes == ['', '', 'n01', '', 'n01440764']
 
 
 def test_tar(tmp_path):
     with tarfile.open(tmp_path / 'val.tar', 'w') as tar:
         tar.add(write_images(tmp_path / 'val', shade), '.')
-    pictures = DatasetImages(create_dataset('', root=str(tmp_path / 'val.tar')))
-    assert (pictures.targets, pictures.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shown(pictures) == SHADES
+    images = DatasetImages(create_dataset('', root=str(tmp_path / 'val.tar')))
+    assert (images.targets, images.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shades(images) == SHADES
 
 
 def test_torchvision(tmp_path):
     dataset = torchvision.datasets.ImageFolder(write_images(tmp_path, shade))
-    pictures = DatasetImages(dataset)
-    assert (pictures.targets, pictures.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shown(pictures) == SHADES
-    (tmp_path / 'n02102040' / 'n02102040_0.png').write_text('not a picture')
+    images = DatasetImages(dataset)
+    assert (images.targets, images.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shades(images) == SHADES
+    (tmp_path / 'n02102040' / 'n02102040_0.png').write_text('not an image')
     with pytest.raises(UnreadableImage, match='2 cannot be read: cannot identify image file'):
-        pictures.image(2)
+        images.image(2)
 
 
 def test_hugging_face_datasets(tmp_path):
     pytest.importorskip('datasets')
     root = write_images(tmp_path / 'data' / 'test', shade).parent
     dataset = create_dataset(f'hfds/{root}', root=str(tmp_path / 'cache'), split='test')
-    pictures = DatasetImages(dataset)
-    assert (pictures.targets, pictures.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shown(pictures) == SHADES
+    images = DatasetImages(dataset)
+    assert (images.targets, images.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shades(images) == SHADES
 
 
 def test_streams_are_refused():
@@ -76,7 +77,7 @@ def test_streams_are_refused():
         def __iter__(self):
             return iter(())
 
-    with pytest.raises(ValueError, match='got Stream, which streams them'):
+    with pytest.raises(ValueError, match='Stream is a stream'):
         DatasetImages(Stream())
 
 
@@ -87,7 +88,7 @@ def test_stored_folders(tmp_path, kind):
         write_images(folder, lambda wnid, index, severity=severity: 100 * severity + index, '.JPEG')
     stored = open_stored(tmp_path, ['contrast'], [1, 2])
     assert (stored.targets, stored.classes) == ([0, 0, 1, 1, 2, 2], WNIDS)
-    assert [value for value, *_ in shown(stored, 'contrast', 2)] == [200, 201] * 3
+    assert [value for value, *_ in shades(stored, 'contrast', 2)] == [200, 201] * 3
     (tmp_path / kind / 'contrast' / '2' / 'n02102040' / 'n02102040_0.JPEG').unlink()
     with pytest.raises(UnreadableImage, match='contrast/2/n02102040/n02102040_0.JPEG cannot be read'):
         stored.image('contrast', 2, 2)
@@ -100,12 +101,12 @@ def test_stored_folders_of_a_class_list(tmp_path):
     (tmp_path / 'list.txt').write_text('n02979186\nn01440764\n')
     stored = open_stored(tmp_path, ['fog'], [1], class_map=str(tmp_path / 'list.txt'))
     assert (stored.targets, stored.classes) == ([1, 1, 0, 0], ['n02979186', 'n01440764'])
-    assert shown(stored, 'fog', 1) == [SHADES[place] for place in (0, 1, 4, 5)]
+    assert shades(stored, 'fog', 1) == [SHADES[index] for index in (0, 1, 4, 5)]
 
 
 @pytest.fixture
 def arrays(tmp_path):
-    """Four pictures at five severities, as CIFAR-10-C is published."""
+    """Write four images at five severities, in the layout of CIFAR-10-C."""
     np.save(tmp_path / 'labels.npy', np.tile(np.array([3, 1, 0, 2], np.uint8), 5))
     np.save(tmp_path / 'fog.npy', np.arange(20, dtype=np.uint8).repeat(32 * 32 * 3).reshape(20, 32, 32, 3))
     return tmp_path
@@ -114,16 +115,16 @@ def arrays(tmp_path):
 def test_stored_arrays(arrays):
     stored = open_stored(arrays, ['fog'], [1, 3])
     assert stored.targets == [3, 1, 0, 2] and len(stored.classes) == 4
-    assert shown(stored, 'fog', 3) == [(value,) * 3 for value in (8, 9, 10, 11)]
+    assert shades(stored, 'fog', 3) == [(value,) * 3 for value in (8, 9, 10, 11)]
 
 
-def test_stored_arrays_that_are_not_right_are_refused(arrays):
+def test_wrong_stored_arrays_are_refused(arrays):
     with pytest.raises(ValueError, match='lacks contrast.npy'):
         open_stored(arrays, ['fog', 'contrast'], [1])
-    with pytest.raises(ValueError, match='class_map chooses among folders'):
+    with pytest.raises(ValueError, match='class_map selects folders'):
         open_stored(arrays, ['fog'], [1], 'list.txt')
     np.save(arrays / 'fog.npy', np.zeros((19, 32, 32, 3), np.uint8))
-    with pytest.raises(ValueError, match='fog.npy must hold 20 RGB pictures of 8 bits'):
+    with pytest.raises(ValueError, match='fog.npy must hold 20 RGB images of 8 bits'):
         open_stored(arrays, ['fog'], [1])
     np.save(arrays / 'labels.npy', np.arange(20))
     with pytest.raises(ValueError, match='labels.npy must hold the same classes five times'):

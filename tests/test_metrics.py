@@ -3,6 +3,7 @@ import pytest
 from timm_pushpull.robustness.metrics import (
     ALEXNET_CORRUPTION_ERRORS,
     HELD_OUT_CORRUPTIONS,
+    KINDS,
     TEST_CORRUPTIONS,
     corruption_error,
     net_error_reduction,
@@ -11,8 +12,8 @@ from timm_pushpull.robustness.metrics import (
     relative_mce,
 )
 
-# E and mCE of ResNet50 and its variants on ImageNet-C, and the R_net printed beside them: arXiv 2408.04077.
-PUBLISHED = [
+# E, mCE and R_net of ResNet50 and its variants on ImageNet-C: arXiv 2408.04077.
+PAPER = [
     (0.269, 0.667, 0.00),
     (0.282, 0.645, 1.67),
     (0.276, 0.645, 2.79),
@@ -28,6 +29,8 @@ PUBLISHED = [
 def test_corruptions():
     assert len(TEST_CORRUPTIONS) == 15 and len(HELD_OUT_CORRUPTIONS) == 4
     assert not set(TEST_CORRUPTIONS) & set(HELD_OUT_CORRUPTIONS)
+    assert [name for names in KINDS.values() for name in names] == [*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS]
+    assert KINDS['weather'] == ('snow', 'frost', 'fog', 'brightness')
 
 
 def test_hand_worked_table():
@@ -36,24 +39,24 @@ def test_hand_worked_table():
     assert plain_mce(errors) == pytest.approx((14 * 0.2 + 0.5) / 15)
     baseline = {name: 0.4 for name in TEST_CORRUPTIONS} | {'fog': 0.8, 'saturate': 0.0}
     assert normalized_mce(errors, baseline) == pytest.approx((14 * 0.5 + 0.625) / 15)
-    # errors less 0.1, the baseline's less 0.2: 0.1 / 0.2, and 0.4 / 0.6 for fog
+    # Errors less 0.1, errors of the baseline less 0.2: 0.1 / 0.2, and 0.4 / 0.6 for fog.
     assert relative_mce(0.1, errors, 0.2, baseline) == pytest.approx((14 * 0.5 + 2 / 3) / 15)
     assert net_error_reduction(0.1, 0.3, 0.2, 0.5) == pytest.approx(100 * (0.2 + 0.1) / 0.4)
 
 
-def test_alexnet_itself_is_the_unit_of_the_normalized_mce():
+def test_the_normalized_mce_of_alexnet_is_1():
     assert normalized_mce(ALEXNET_CORRUPTION_ERRORS) == pytest.approx(1)
     assert relative_mce(0.4, ALEXNET_CORRUPTION_ERRORS, 0.4, ALEXNET_CORRUPTION_ERRORS) == pytest.approx(1)
     assert plain_mce(ALEXNET_CORRUPTION_ERRORS) == pytest.approx(0.788993, abs=1e-6)
 
 
-@pytest.mark.parametrize('clean_error, mce, published', PUBLISHED)
-def test_published_net_error_reduction(clean_error, mce, published):
-    baseline_clean_error, baseline_mce, _ = PUBLISHED[0]
+@pytest.mark.parametrize('clean_error, mce, printed', PAPER)
+def test_net_error_reduction_of_the_paper(clean_error, mce, printed):
+    baseline_clean_error, baseline_mce, _ = PAPER[0]
     reduction = net_error_reduction(clean_error, mce, baseline_clean_error, baseline_mce)
-    # Each of the four figures is printed to three digits.
+    # The paper prints each of the four numbers to three digits.
     rounding = 100 * 4 * 0.0005 / (2 * baseline_clean_error)
-    assert reduction == pytest.approx(published, abs=rounding / 2)
+    assert reduction == pytest.approx(printed, abs=rounding / 2)
 
 
 def test_incomplete_tables_are_refused():

@@ -1,6 +1,7 @@
 import base64
 import html.parser
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -13,24 +14,25 @@ from test_results import FIVE, write_results
 from timm_pushpull.cli import main
 from timm_pushpull.files import atomic_write
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
-from timm_pushpull.robustness.report import _look, write_report
+from timm_pushpull.robustness.plots import _style, plot_pairs
+from timm_pushpull.robustness.report import write_report
 from timm_pushpull.robustness.store import (
     predictions_path,
     read_predictions,
     read_protocol,
-    write_predictions,
     write_images,
-    write_summary,
+    write_predictions,
 )
+from timm_pushpull.robustness.summary import write_summary
 
-pytest.importorskip('matplotlib')
+to_hex = pytest.importorskip('matplotlib.colors').to_hex
 pytest.importorskip('scipy')
 PASSES = [(name, severity) for name in TEST_CORRUPTIONS for severity in FIVE]
-PICTURES = {'error_by_corruption.png', 'error_by_severity.png', 'mce_against_clean_error.png', 'examples.png'}
+PLOTS = {'error_by_corruption.png', 'error_by_severity.png', 'mce_against_clean_error.png', 'examples.png'}
 
 
 def write_finished(folder, errors=None, baseline='plain <1>', **protocol):
-    """A results folder of ten pictures of two classes, with the pictures that a run keeps."""
+    """Write a results folder of ten images of two classes, with examples."""
     errors = errors or {'plain <1>': (2, 5), 'pp': (3, 4)}
     passes = {
         name: {('clean', 0): clean} | dict.fromkeys(PASSES, corrupted) for name, (clean, corrupted) in errors.items()
@@ -46,7 +48,7 @@ def write_finished(folder, errors=None, baseline='plain <1>', **protocol):
 
 
 class Page(html.parser.HTMLParser):
-    """Texts of table rows and of figures, sources of images."""
+    """Table rows, texts and image sources of a page."""
 
     def __init__(self, path):
         super().__init__()
@@ -77,10 +79,10 @@ class Page(html.parser.HTMLParser):
 def test_the_page_holds_the_figures_and_needs_no_other_file(tmp_path):
     path = write_report([write_finished(tmp_path / 'results')], tmp_path / 'page')
     page = Page(path)
-    assert {p.name for p in (tmp_path / 'page').iterdir()} == {'report.html', *PICTURES}
+    assert {p.name for p in (tmp_path / 'page').iterdir()} == {'report.html', *PLOTS}
     assert all(source.startswith('data:image/png;base64,') for source in page.sources) and len(page.sources) == 5
     figures = {base64.b64decode(source.partition(',')[2]) for source in page.sources}
-    assert {(tmp_path / 'page' / name).read_bytes() for name in PICTURES - {'examples.png'}} <= figures
+    assert {(tmp_path / 'page' / name).read_bytes() for name in PLOTS - {'examples.png'}} <= figures
     assert 'http' not in re.sub(r'base64,[^"]*', '', path.read_text())
     (plain,), (pp,) = page.row('plain <1>'), page.row('pp')
     # E 20, plain mCE 50; E 30, mCE 40, so R_net 100 * ((50 - 40) + (20 - 30)) / (2 * 20) = 0
@@ -90,13 +92,13 @@ def test_the_page_holds_the_figures_and_needs_no_other_file(tmp_path):
     assert any('Baseline: plain <1>' in text for text in page.texts)
 
 
-def test_the_answers_to_the_pictures_are_told(tmp_path):
+def test_the_page_has_the_predictions_for_the_examples(tmp_path):
     folder = write_finished(tmp_path / 'results')
-    answers = read_predictions(folder)['pp']['fog', 3]
-    answers['answer'][4] = 1
-    write_predictions(predictions_path(folder, 'pp', 'fog', 3), answers)
+    predictions = read_predictions(folder)['pp']['fog', 3]
+    predictions['prediction'][4] = 1
+    write_predictions(predictions_path(folder, 'pp', 'fog', 3), predictions)
     texts = Page(write_report([folder], tmp_path / 'page')).texts
-    # Picture 4 is of class 0, a tench.
+    # Image 4 is of class 0, a tench.
     assert texts.count('✓\u00a0tench') == 3 and texts.count('✗\u00a0English springer') == 1
 
 
@@ -108,21 +110,21 @@ def test_models_of_one_protocol_share_a_table_and_others_do_not(tmp_path):
     other = write_finished(tmp_path / 'other', {'third': (1, 2)}, baseline=None, seed=1)
     page = Page(write_report([one, other], tmp_path / 'apart'))
     assert page.row('CE, %') == ['CE, %  plain <1>  pp', 'CE, %  third']
-    assert {f'{part}-{name}' for part in (1, 2) for name in PICTURES} <= {p.name for p in path.parent.parent.rglob('*')}
+    assert {f'{part}-{name}' for part in (1, 2) for name in PLOTS} <= {p.name for p in path.parent.parent.rglob('*')}
 
 
-def test_training_runs_are_summed_up(tmp_path):
+def test_the_page_has_means_over_training_runs(tmp_path):
     errors = {'plain': (2, 5), 'pp@1': (3, 4), 'pp@2': (5, 8), 'pp@3': (1, 3)}
     path = write_report([write_finished(tmp_path / 'results', errors, baseline='plain')], tmp_path / 'page')
     page = Page(path)
-    assert {p.name for p in path.parent.iterdir()} == {'report.html', *PICTURES}
+    assert {p.name for p in path.parent.iterdir()} == {'report.html', *PLOTS}
     assert any('Plain mCE against the clean error, mean of the training runs' in text for text in page.texts)
-    # Of ten pictures 3, 5 and 1 are wrong where they are clean, 4, 8 and 3 where they are corrupted.
+    # Of ten images 3, 5 and 1 are wrong when clean, 4, 8 and 3 when corrupted.
     assert page.row('pp')[0].startswith('pp  3  30.0 10.0 to 50.0  50.0 30.0 to 80.0')
     assert page.row('plain')[1].startswith('plain  1  20.0 20.0 to 20.0  50.0 50.0 to 50.0')
 
 
-def test_training_runs_are_compared_with_those_of_the_baseline(tmp_path):
+def test_training_runs_are_compared_with_the_runs_of_the_baseline(tmp_path):
     errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@1': (3, 4), 'pp@2': (2, 7)}
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     page = Page(write_report([folder], tmp_path / 'page'))
@@ -132,7 +134,7 @@ def test_training_runs_are_compared_with_those_of_the_baseline(tmp_path):
     assert head.split() == 'model runs E plain mCE noise blur weather digital relative mCE R net'.split()
     assert pp.startswith('pp  2  25.0 20.0 to 30.0  55.0 40.0 to 70.0  55.0 40.0 to 70.0')
     assert pp.endswith('  6.2 0.0 to 12.5')
-    assert any('R net compare each run with that of plain' in text for text in page.texts)
+    assert any('R net compare each run with the run of plain' in text for text in page.texts)
     # E 30 and 20 less 20 and 40: -5, variances 50 and 200 of 2 runs each, so 250^2 / (50^2 + 200^2) = 1.47 degrees of
     # freedom; the 97.5% quantile of their t is 6.19, by scipy.special.stdtrit, times sqrt(25 + 100).
     assert head_of_differences.split() == 'model runs of baseline E plain mCE noise blur weather digital'.split()
@@ -145,7 +147,7 @@ def test_training_runs_are_compared_with_those_of_the_baseline(tmp_path):
     assert ['R net' in row for row in of_one.row('model')] == [True, False]  # of the models, not over the runs
 
 
-def test_any_number_of_runs_is_compared_with_those_of_the_baseline(tmp_path):
+def test_any_number_of_runs_is_compared_with_the_runs_of_the_baseline(tmp_path):
     errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@2': (2, 7), 'pp@3': (7, 7), 'pp@x': (9, 7), 'alone': (9, 9)}
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     page = Page(write_report([folder], tmp_path / 'page'))
@@ -155,14 +157,14 @@ def test_any_number_of_runs_is_compared_with_those_of_the_baseline(tmp_path):
     assert len(page.row('alone')) == 2  # itself, and over its one run
 
 
-def test_runs_that_do_not_differ_have_a_difference_without_an_interval(tmp_path):
+def test_a_difference_of_equal_runs_has_no_interval(tmp_path):
     errors = {'plain@1': (2, 5), 'plain@2': (2, 5), 'pp@1': (3, 7), 'pp@2': (3, 7)}
     page = Page(write_report([write_finished(tmp_path / 'results', errors, baseline='plain')], tmp_path / 'page'))
     assert page.row('pp')[1].split() == ['pp', '2', '2', '10.0', *['20.0'] * 5]
 
 
-def test_equal_clean_errors_have_a_picture(tmp_path):
-    # The mean of three errors of 0.2 is above 0.2 by rounding: no bar is longer to one side than to the other by that.
+def test_equal_clean_errors_have_a_plot(tmp_path):
+    # By rounding, the mean of three errors of 0.2 is above 0.2: the error bars must not get a negative length.
     errors = {f'pp@{run}': (1, 5) for run in (1, 2, 3)}
     folder = write_finished(tmp_path / 'results', errors, baseline=None)
     path = folder / 'summary.csv'
@@ -176,22 +178,90 @@ def test_equal_clean_errors_have_a_picture(tmp_path):
     assert (tmp_path / 'page' / 'mce_against_clean_error.png').exists()
 
 
-def test_one_run_of_the_baseline_is_no_line_of_zero_gain(tmp_path):
+def test_a_single_run_of_the_baseline_has_no_line_of_zero_gain(tmp_path):
     errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@1': (3, 4), 'pp@2': (2, 7)}
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     for baseline, is_drawn in (('plain', True), ('plain@1', False)):
         page = Page(write_report([folder], tmp_path / baseline, baseline))
-        assert any('(R_net = 0); below it' in text for text in page.texts) == is_drawn
+        assert any('(R_net = 0); below the line' in text for text in page.texts) == is_drawn
 
 
-def test_a_summary_has_the_tables_and_the_pictures_of_its_figures(tmp_path):
+def test_pairs_have_their_differences_and_a_plot(tmp_path):
+    errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@2': (2, 7), 'pp@3': (7, 7), 'pp@x': (9, 7), 'alone': (9, 4)}
+    folder = write_finished(tmp_path / 'results', errors, baseline=None)
+    pairs = ['plain:pp', 'pp:plain', 'alone:plain@2', 'plain:pp']
+    page = Page(write_report([folder], tmp_path / 'page', pairs=pairs))
+    assert [row.split() for row in page.row('pair')] == [
+        'pair runs of both E plain mCE noise blur weather digital'.split()
+    ]
+    # E 20, 70, 90 less 20, 40: 30, variances 1300 of 3 runs and 200 of 2, so 2.74 degrees of freedom: 3.36 times
+    # sqrt(1300 / 3 + 100). Plain mCE and kinds 70 in each run, less 50 and 60: 12.7 times 5.
+    assert page.row('plain → pp') == ['plain → pp  2, 3  30.0 -47.6 to 107.6' + '  15.0 -48.5 to 78.5' * 5]
+    assert page.row('pp → plain') == ['pp → plain  3, 2  -30.0 -107.6 to 47.6' + '  -15.0 -78.5 to 48.5' * 5]
+    assert page.row('alone → plain@2')[0].split() == ['alone', '→', 'plain@2', '1,', '1', '-50.0', *['20.0'] * 5]
+    assert (tmp_path / 'page' / 'pairs.png').is_file() and len(page.sources) == 6
+    summary = Page(write_report([folder / 'summary.csv'], tmp_path / 'summary', pairs=pairs))
+    assert summary.row('plain → pp') == page.row('plain → pp')
+    assert (tmp_path / 'summary' / 'pairs.png').read_bytes() == (tmp_path / 'page' / 'pairs.png').read_bytes()
+
+
+def test_an_arrow_leads_from_each_pair_to_the_other_name():
+    plain, pp, other = (
+        dict(model=m, E=e, plain_mCE=mce) for m, e, mce in (('a', 10, 60), ('b', 30, 50), ('c', 70, 80))
+    )
+    lacking = dict(model='lacking', E=20, plain_mCE='')
+    axes = plot_pairs([(plain, pp), (plain, other), (plain, lacking), (pp, plain)]).axes[0]
+    arrows = [text for text in axes.texts if text.arrow_patch]
+    ends = [(arrow.xyann, arrow.xy) for arrow in arrows]
+    assert ends == [((10, 60), (30, 50)), ((10, 60), (70, 80)), ((30, 50), (10, 60))]
+    gain, loss, loss_too = (arrow.arrow_patch.get_edgecolor() for arrow in arrows)
+    assert loss == loss_too != gain
+    colors = {line.get_label(): line.get_color() for line in axes.lines}
+    assert colors['plain mCE falls'] == to_hex(gain) and colors['plain mCE does not fall'] == to_hex(loss)
+    labels = {text.get_text(): text.xy for text in axes.texts if not text.arrow_patch}
+    assert labels == {'a': (10, 60), 'b': (30, 50), 'c': (70, 80)}
+    assert axes.get_xlabel().startswith('E:') and axes.get_ylabel().startswith('plain mCE')
+    assert plot_pairs([(plain, lacking)]) is None
+
+
+def test_names_in_the_plot_of_pairs_do_not_hide_each_other():
+    points = [(25, 54), (27, 55), (25.2, 53.8), (25.5, 50), (26.5, 49.8), (26.6, 51), (33, 47)]
+    rows = [dict(model=f'a network with a long name {n}', E=x, plain_mCE=y) for n, (x, y) in enumerate(points)]
+    figure = plot_pairs([(rows[0], row) for row in rows[1:]])
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts if not text.arrow_patch]
+    assert len(boxes) == 7 and not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
+    frame = axes.get_window_extent()
+    assert all(frame.contains(*corner) for box in boxes for corner in (box.min, box.max))
+    assert not any(box.contains(*axes.transData.transform(point)) for box in boxes for point in points)
+
+
+def test_names_with_colons_can_be_paired(tmp_path):
+    folder = write_finished(tmp_path / 'results', {'hf-hub:o/a@1': (2, 5), 'local-dir:b': (3, 4)}, baseline=None)
+    page = Page(write_report([folder], tmp_path / 'page', pairs=['hf-hub:o/a:local-dir:b']))
+    assert page.row('hf-hub:o/a → local-dir:b')[0].split()[3:6] == ['1,', '1', '10.0']
+
+
+def test_names_of_a_pair_must_be_known_and_of_one_protocol(tmp_path):
+    one = write_finished(tmp_path / 'one', {'a@1': (2, 5), 'b': (3, 4)}, baseline=None)
+    other = write_finished(tmp_path / 'other', {'c': (1, 2), 'd': (4, 4)}, baseline=None, seed=1)
+    for pair in ('a:x', 'a', 'a:c', ':', 'a@2:b'):
+        with pytest.raises(ValueError, match=f"got '{pair}'. Models: a, b, a@1, c, d."):
+            write_report([one, other], tmp_path / 'page', pairs=['c:d', pair])
+    assert not (tmp_path / 'page').exists()
+    page = Page(write_report([one, other], tmp_path / 'page', pairs=['c:d', 'a:b']))
+    assert len(page.row('c → d')) == len(page.row('a → b')) == 1
+    assert {path.name for path in (tmp_path / 'page').glob('*pairs.png')} == {'1-pairs.png', '2-pairs.png'}
+
+
+def test_a_summary_has_the_tables_and_the_plots_of_its_numbers(tmp_path):
     errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@1': (3, 4), 'pp@2': (2, 7)}
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     whole = Page(write_report([folder], tmp_path / 'whole'))
     page = Page(write_report([folder / 'summary.csv'], tmp_path / 'page'))
-    of_figures = PICTURES - {'error_by_severity.png', 'examples.png'}
-    assert {p.name for p in (tmp_path / 'page').iterdir()} == {'report.html', *of_figures}
-    for name in of_figures:
+    of_summary = PLOTS - {'error_by_severity.png', 'examples.png'}
+    assert {p.name for p in (tmp_path / 'page').iterdir()} == {'report.html', *of_summary}
+    for name in of_summary:
         assert (tmp_path / 'page' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
     for start in ('model', 'plain@1', 'pp@2', 'pp', 'CE, %', 'fog'):
         assert page.row(start) == [row for row in whole.row(start) if row in page.row(start)] != []
@@ -202,15 +272,15 @@ def test_a_summary_has_the_tables_and_the_pictures_of_its_figures(tmp_path):
 
 
 def test_no_two_models_look_alike():
-    looks = [_look(place) for place in range(20)]
-    assert all(look not in looks[:place] for place, look in enumerate(looks))
+    styles = [_style(number) for number in range(20)]
+    assert all(style not in styles[:number] for number, style in enumerate(styles))
 
 
 def test_unfinished_results_have_a_page_too(tmp_path):
     write_results(tmp_path / 'some', {'a': {('clean', 0): 2, ('fog', 1): 5}, 'b': {}}, images=10, classes=2)
     write_images(tmp_path / 'some', ['0.png'] * 10, [0] * 10, ['', ''])
     page = Page(write_report([tmp_path / 'some'], tmp_path / 'page'))
-    assert any('left out where not all 15 were measured' in text for text in page.texts)
+    assert any('A mean over corruptions needs all 15 corruptions' in text for text in page.texts)
     assert page.row('fog') and not page.row('frost')
 
 
@@ -222,7 +292,7 @@ def test_a_model_without_corruptions_beside_one_with_them(tmp_path):
     assert page.row('fog')[0] == 'fog  50.0 20.0 to 80.0  –' and page.row('b')[0].startswith('b  30.0')
 
 
-def test_folders_of_one_name_lose_nothing(tmp_path, monkeypatch):
+def test_folders_with_the_same_name_stay_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = ['a/results', 'b/results', 'results']
     for folder, errors in zip(map(Path, folders), ((1, 4), (2, 5), (3, 6)), strict=True):
@@ -236,7 +306,7 @@ def test_folders_of_one_name_lose_nothing(tmp_path, monkeypatch):
     assert [page.row(name)[0].split('  ')[1][:4] for name in names] == ['10.0', '20.0', '30.0']
 
 
-def test_results_without_an_answer_are_refused(tmp_path):
+def test_results_without_predictions_are_refused(tmp_path):
     write_results(tmp_path / 'some', {'a': {}}, images=10, classes=2)
     with pytest.raises(ValueError, match='some holds no results yet'):
         write_report([tmp_path / 'some'], tmp_path / 'page')
@@ -250,9 +320,17 @@ def test_command(tmp_path, capsys):
     assert read_protocol(folder)['models'].keys() == {'plain <1>', 'pp'}
     assert main(['report', str(folder / 'summary.csv')]) == 0
     assert capsys.readouterr().out.strip() == str(folder / 'summary_report' / 'report.html')
+    assert main(['report', str(folder), '--pairs', 'pp:plain <1>', 'plain <1>:pp']) == 0
+    page = Page(folder / 'report' / 'report.html')
+    assert [page.row(pair)[0].split()[-5:] for pair in ('pp → plain <1>', 'plain <1> → pp')] == [
+        ['10.0'] * 5,
+        ['-10.0'] * 5,
+    ]
+    capsys.readouterr()
     for arguments, message in [
         (['report', str(tmp_path)], 'holds no results'),
         (['report', str(folder), '--baseline', 'x'], "got 'x'"),
+        (['report', str(folder), '--pairs', 'pp:x'], "got 'pp:x'. Models: plain <1>, pp."),
         (['report', str(folder / 'protocol.json')], 'protocol.json is not a summary.csv'),
     ]:
         assert main(arguments) == 2

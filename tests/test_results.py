@@ -6,24 +6,21 @@ import pytest
 
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS, net_error_reduction
 from timm_pushpull.robustness.store import (
-    ANSWER,
-    UNREAD,
+    PREDICTION,
+    UNREADABLE,
+    merge_protocol,
     predictions_path,
-    compare,
-    not_compared,
     read_csv,
     read_protocol,
-    read_summary,
     write_predictions,
-    write_errors,
-    write_summary,
 )
+from timm_pushpull.robustness.summary import compare, not_compared, read_summary, write_errors, write_summary
 
 FIVE = (1, 2, 3, 4, 5)
 
 
 def write_results(folder, errors, images=100, classes=1000, seed=0):
-    """A results folder of pictures of which the first ones are wrong."""
+    """Write a results folder in which the predictions for the first images are wrong."""
     model = dict(input_size=[3, 32, 32], crop_pct=1.0, interpolation='bilinear', param_count=1.0)
     data = dict(images=images, classes=classes, imagenet_1k=classes == 1000)
     folder.mkdir(exist_ok=True)
@@ -32,9 +29,9 @@ def write_results(folder, errors, images=100, classes=1000, seed=0):
     (folder / 'protocol.json').write_text(json.dumps(protocol))
     for name, passes in errors.items():
         for (corruption, severity), wrong in passes.items():
-            answers = np.zeros(images, ANSWER)
-            answers['place'][:wrong] = 5
-            write_predictions(predictions_path(folder, name, corruption, severity), answers)
+            predictions = np.zeros(images, PREDICTION)
+            predictions['rank'][:wrong] = 5
+            write_predictions(predictions_path(folder, name, corruption, severity), predictions)
 
 
 def test_summary_by_hand(tmp_path):
@@ -53,12 +50,12 @@ def test_summary_by_hand(tmp_path):
     assert (a['relative_mCE'], a['R_net']) == (100, 0)
     assert b['relative_mCE'] == 0 and b['R_net'] == pytest.approx(net_error_reduction(0.3, 0.3, 0.2, 0.5))
     assert a['alexnet_normalized_mCE'] != a['plain_mCE'] and a['severities'] == '1 2 3 4 5'
-    # 95% of a binomial share of 0.2 in 100: 1.96 * sqrt(0.2 * 0.8 / 100) = 0.078 to each side
+    # 95% interval of a binomial proportion, 0.2 of 100: 1.96 * sqrt(0.2 * 0.8 / 100) = 0.078 to each side
     assert a['E_low'] == pytest.approx(20 - 7.8, abs=1.5) and a['E_high'] == pytest.approx(20 + 7.8, abs=1.5)
     assert a['R_net_low'] == a['R_net_high'] == 0
 
 
-def test_means_that_would_mean_nothing_are_left_empty(tmp_path):
+def test_means_of_incomplete_results_are_empty(tmp_path):
     def empty(folder, errors, **kwargs):
         write_results(folder, {'a': errors, 'b': {(name, 1): 5 for name in TEST_CORRUPTIONS}}, images=10, **kwargs)
         row = write_summary(folder, baseline='b')[0]
@@ -78,12 +75,12 @@ def test_means_that_would_mean_nothing_are_left_empty(tmp_path):
     assert empty(tmp_path / 'not clean', passes()) == {'E', 'R_net'}
 
 
-def test_pictures_that_could_not_be_read_do_not_count(tmp_path):
+def test_unreadable_images_do_not_count(tmp_path):
     write_results(tmp_path, {'a': {('clean', 0): 20}})
-    answers = np.zeros(100, ANSWER)
-    answers['place'][:30] = 1
-    answers['place'][90:] = UNREAD
-    write_predictions(predictions_path(tmp_path, 'a', 'fog', 3), answers)
+    predictions = np.zeros(100, PREDICTION)
+    predictions['rank'][:30] = 1
+    predictions['rank'][90:] = UNREADABLE
+    write_predictions(predictions_path(tmp_path, 'a', 'fog', 3), predictions)
     write_errors(tmp_path)
     (row,) = write_summary(tmp_path)
     assert row['CE_fog'] == pytest.approx(100 * 30 / 90, abs=1e-3) and row['unreadable'] == 10
@@ -103,7 +100,7 @@ def test_a_summary_keeps_its_baseline(tmp_path):
         write_summary(tmp_path, 'c')
 
 
-def test_each_training_run_is_compared_with_the_run_of_its_name(tmp_path):
+def test_a_training_run_is_compared_with_the_baseline_run_of_the_same_name(tmp_path):
     def passes(clean, corrupted):
         return {('clean', 0): clean} | {(name, severity): corrupted for name in TEST_CORRUPTIONS for severity in FIVE}
 
@@ -123,7 +120,7 @@ def test_each_training_run_is_compared_with_the_run_of_its_name(tmp_path):
 
 
 @pytest.mark.parametrize('baseline', ['a', 'a@2'])
-def test_rows_of_a_summary_can_be_compared_without_the_answers(tmp_path, baseline):
+def test_rows_of_a_summary_can_be_compared_without_the_predictions(tmp_path, baseline):
     generator = np.random.default_rng(0)
     passes = [('clean', 0), *((name, severity) for name in TEST_CORRUPTIONS for severity in FIVE)]
     models = {name: {of: generator.integers(1, 99) for of in passes} for name in ('a@1', 'a@2', 'b@1', 'b@2')}
@@ -133,9 +130,9 @@ def test_rows_of_a_summary_can_be_compared_without_the_answers(tmp_path, baselin
     whole = write_summary(tmp_path, baseline)
     assert read_summary(tmp_path / 'summary.csv') == [{**dict.fromkeys(compared[0], ''), **row} for row in whole]
     for row, expected in zip(compared, whole, strict=True):
-        of_answers = {f'{name}{end}' for name in ('relative_mCE', 'R_net') for end in ('_low', '_high')}
-        assert {row[name] for name in of_answers} == {''}
-        for name in row.keys() - of_answers:
+        without_predictions = {f'{name}{end}' for name in ('relative_mCE', 'R_net') for end in ('_low', '_high')}
+        assert {row[name] for name in without_predictions} == {''}
+        for name in row.keys() - without_predictions:
             assert row[name] == pytest.approx(expected.get(name, ''), abs=0.02), name
     with pytest.raises(ValueError, match="got 'c'"):
         compare(compared, 'c')
@@ -144,7 +141,7 @@ def test_rows_of_a_summary_can_be_compared_without_the_answers(tmp_path, baselin
 @pytest.mark.parametrize(
     'content', [b'', b'a,b\n1,2\n', b'\xff\xfe', b'model,E\nm,1,2\n', b'model,E\nm\n', b'model,E\nm,x\n']
 )
-def test_what_is_no_summary_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_summary_is_refused(tmp_path, content):
     (tmp_path / 'table.csv').write_bytes(content)
     with pytest.raises(ValueError, match=r'table.csv is not a summary.csv'):
         read_summary(tmp_path / 'table.csv')
@@ -175,7 +172,7 @@ def test_a_summary_that_names_a_model_twice_is_refused(tmp_path):
         read_summary(path)
 
 
-def test_what_lacks_a_corruption_is_not_compared(tmp_path):
+def test_a_model_without_a_corruption_is_not_compared(tmp_path):
     path = summary_of_two(tmp_path)
     a, b = read_summary(path)
     for rows in ([{**a, 'CE_fog': ''}, b], [{name: a[name] for name in a if 'CE_fog' not in name}, b]):
@@ -187,7 +184,17 @@ def test_a_folder_without_results_is_refused(tmp_path):
         read_protocol(tmp_path)
 
 
-def test_a_corruption_not_shown_at_all_severities_has_no_error(tmp_path):
+def test_models_whose_predictions_would_share_a_folder_are_refused(tmp_path):
+    write_results(tmp_path, {'a/b': {('clean', 0): 20}})
+    with pytest.raises(ValueError, match='models a/b and a:b would share the folder of their predictions: rename one'):
+        merge_protocol(tmp_path, {**read_protocol(tmp_path), 'models': {'a:b': {}}})
+    assert merge_protocol(tmp_path, {**read_protocol(tmp_path), 'models': {'a-b': {}}})['models'].keys() == {
+        'a/b',
+        'a-b',
+    }
+
+
+def test_a_corruption_without_a_severity_has_no_error(tmp_path):
     fog = {('fog', severity): 10 * severity for severity in FIVE}
     write_results(tmp_path, {'whole': fog, 'killed': {('fog', 1): 1, ('fog', 2): 2, **{('snow', s): 7 for s in FIVE}}})
     whole, killed = write_summary(tmp_path)
@@ -200,6 +207,6 @@ def test_resamples_in_which_the_baseline_has_no_errors_count_as_the_worst(tmp_pa
     write_results(tmp_path, {'a': {('clean', 0): 1, **passes}, 'b': {('clean', 0): 2, **passes}})
     a, b = write_summary(tmp_path, 'a')
     assert b['R_net'] == -50
-    # A baseline with one error in 100 has none in e^-1 of the resamples.
+    # A baseline with one error in 100 images has none in a fraction 1/e of the resamples.
     assert b['R_net_low'] != '' and b['R_net_high'] == ''
     assert b['relative_mCE_low'] != '' and b['relative_mCE_high'] != ''

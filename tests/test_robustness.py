@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform
 
-from timm_pushpull.robustness import evaluate
 from timm_pushpull.cli import main
+from timm_pushpull.robustness import views
 from timm_pushpull.robustness.corruptions import corrupt
-from timm_pushpull.robustness.data import open_stored
-from timm_pushpull.robustness.store import UNREAD, read_predictions, read_protocol
-from timm_pushpull.robustness.evaluate import evaluate_robustness, stratified_indices
+from timm_pushpull.robustness.data import open_stored, stratified_indices
+from timm_pushpull.robustness.evaluate import evaluate_robustness
+from timm_pushpull.robustness.store import UNREADABLE, read_predictions, read_protocol
 
 pytest.importorskip('imagecorruptions')
 GEOMETRY = dict(input_size=(3, 32, 32), crop_pct=0.8, interpolation='bilinear', mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -28,7 +28,7 @@ FEW = dict(corruptions=['gaussian_noise', 'contrast'], severities=[1, 5])
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Seven pictures of each of three classes, of stripes across, along and slanting."""
+    """Seven images of each of three classes: horizontal, vertical and diagonal stripes."""
     folder = tmp_path_factory.mktemp('data')
     generator = np.random.default_rng(0)
     rows, columns = np.mgrid[:44, :40]
@@ -55,14 +55,14 @@ def contents(folder):
 
 
 def test_errors_are_those_of_a_plain_loop(data, tmp_path):
-    model, pictures = network(), dataset(data)
-    evaluate_robustness({'net': model}, tmp_path, pictures, **FEW, seed=3)
+    model, images = network(), dataset(data)
+    evaluate_robustness({'net': model}, tmp_path, images, **FEW, seed=3)
     transform = create_transform(**GEOMETRY, is_training=False).transforms
     expected = {}
     for corruption, severity in [('clean', 0), ('gaussian_noise', 1), ('contrast', 5)]:
         errors = 0
-        for index in range(len(pictures)):
-            image, target = pictures[index]
+        for index in range(len(images)):
+            image, target = images[index]
             image = transform[1](transform[0](image))
             image = corrupt(image, corruption, severity, index, seed=3) if severity else image
             tensor = transform[3](transform[2](image))
@@ -95,7 +95,7 @@ def test_batches_workers_and_company_change_nothing(data, tmp_path):
         assert all(np.array_equal(together[cell], alone[cell]) for cell in alone)
 
 
-def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues(data, tmp_path, monkeypatch):
     models = {'a': network(0), 'b': network(1)}
     evaluate_robustness(models, tmp_path / 'whole', dataset(data), **FEW, baseline='a')
     corrupted = []
@@ -107,7 +107,7 @@ def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
         corrupted.append((corruption, severity, index))
         return corrupt(image, corruption, severity, index, seed)
 
-    monkeypatch.setattr(evaluate, 'corrupt', count)
+    monkeypatch.setattr(views, 'corrupt', count)
     with pytest.raises(KeyboardInterrupt):
         evaluate_robustness(models, tmp_path / 'parts', dataset(data), **FEW, baseline='a')
     finished = set(corrupted[:42])
@@ -137,11 +137,17 @@ def test_models_may_join_and_other_protocols_are_refused(data, tmp_path):
 def test_bad_arguments_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match='baseline must be one of the models a, got'):
         evaluate_robustness({'a': network()}, tmp_path, dataset(data), baseline='b')
-    with pytest.raises(ValueError, match='dataset must be given where there are no stored corruptions'):
+    with pytest.raises(ValueError, match='dataset must be given unless stored is'):
         evaluate_robustness({'a': network()}, tmp_path)
+    with pytest.raises(ValueError, match='models must hold at least one model'):
+        evaluate_robustness({}, tmp_path, dataset(data))
+    with pytest.raises(ValueError, match='data_configs must have an entry for each model, b has none'):
+        evaluate_robustness(dict.fromkeys('ab', network()), tmp_path, dataset(data), data_configs={'a': GEOMETRY})
+    with pytest.raises(ValueError, match='models a/b and a:b would share the folder of their predictions'):
+        evaluate_robustness({'a/b': network(0), 'a:b': network(1)}, tmp_path, dataset(data), **FEW)
     with pytest.raises(ValueError, match='a takes 1 channels'):
         evaluate_robustness({'a': network(input_size=(1, 32, 32))}, tmp_path, dataset(data))
-    with pytest.raises(ValueError, match='a has 1000 classes, the data 3'):
+    with pytest.raises(ValueError, match='a has 1000 classes, but the images have 3'):
         evaluate_robustness({'a': timm.create_model('test_resnet')}, tmp_path, dataset(data))
     with pytest.raises(ValueError, match='the nearest is'):
         evaluate_robustness({'a': network()}, tmp_path, dataset(data), corruptions=['fogg'])
@@ -149,7 +155,7 @@ def test_bad_arguments_are_refused(data, tmp_path):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_an_unreadable_picture_is_named(data, tmp_path, workers, capsys):
+def test_an_unreadable_image_is_named(data, tmp_path, workers, capsys):
     shutil.copytree(data, tmp_path / 'data')
     broken = tmp_path / 'data' / 'validation' / '1' / '3.png'
     broken.write_bytes(broken.read_bytes()[:200])
@@ -191,16 +197,16 @@ def test_command(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     'options, message',
     [
-        (['--checkpoint', 'missing.pth'], '--checkpoint must be a file, missing.pth is none'),
-        (['--checkpoint', 'net.pth', 'net.pth'], '--checkpoint must name one file for each of the models, got 2'),
+        (['--checkpoint', 'missing.pth'], 'checkpoint must be a file, missing.pth is not one'),
+        (['--checkpoint', 'net.pth', 'net.pth'], 'checkpoint must name one file for each of the 1 models, got 2'),
         (['--num-classes', '4'], 'test_resnet: Error(s) in loading state_dict for ResNet: size mismatch for fc.weight'),
-        (['--num-classes', '4'], 'Give --num-classes and --model-kwargs of the training'),
-        (['--split', 'tset'], '--split must be a folder of --data-dir, there is no tset in '),
+        (['--num-classes', '4'], 'Give the num_classes and model arguments of the training'),
+        (['--split', 'tset'], 'split must be a folder in data_dir, there is no tset in '),
         (['--model-kwargs', 'alpha=2'], "test_resnet: ResNet.__init__() got an unexpected keyword argument 'alpha'"),
-        (['--data-dir', 'missing'], '--data-dir must be a folder of pictures, missing is none'),
+        (['--data-dir', 'missing'], 'data_dir must be a folder of images, missing is not one'),
         (['--class-map', 'missing'], 'class_map must be a file of class names or one of imagenet_100, imagenet_200'),
         (['--class-map', 'imagenet_100'], 'Found 0 images'),
-        (['--stored', 'missing'], 'stored must be a folder of corruptions, missing is none'),
+        (['--stored', 'missing'], 'stored must be a folder of corruptions, missing is not one'),
         (['--stored', '.'], 'lacks fog: name corruptions'),
         (['--corruptions', 'fig'], "got 'fig'; the nearest is 'fog'"),
         (['--severities', '6'], 'severity must be an integer from 1 to 5, got 6'),
@@ -220,19 +226,19 @@ def test_command_refuses_in_one_line(options, message, data, tmp_path, capsys, m
     assert not (tmp_path / 'out').exists()
 
 
-def test_training_pictures_are_not_taken_for_those_of_a_missing_split(data, tmp_path, capsys):
+def test_training_images_do_not_replace_a_missing_split(data, tmp_path, capsys):
     options = ['--workers', '0', '--corruptions', 'fog', '--severities', '2']
     shutil.copytree(data / 'validation', tmp_path / 'data' / 'train')
     assert main(command(tmp_path / 'data', tmp_path, *options)) == 2
     assert 'there is no validation in' in capsys.readouterr().err
     assert main(command(tmp_path / 'data', tmp_path, *options, '--split', 'train')) == 0
-    assert main(command(tmp_path / 'data' / 'train', tmp_path, *options)) == 0  # no splits: the whole folder
+    assert main(command(tmp_path / 'data' / 'train', tmp_path, *options)) == 0  # without splits
 
 
 @pytest.mark.parametrize('workers', ['0', '1'])
-def test_command_names_an_unreadable_picture(workers, data, tmp_path, capsys):
+def test_command_names_an_unreadable_image(workers, data, tmp_path, capsys):
     folder = shutil.copytree(data, tmp_path / 'data')
-    (folder / 'validation' / '2' / '0.png').write_text('not a picture')
+    (folder / 'validation' / '2' / '0.png').write_text('not an image')
     assert main(command(folder, tmp_path, '--workers', workers)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith('timm-pushpull: 2/0.png cannot be read: cannot identify image file')
@@ -245,23 +251,23 @@ def test_command_refuses_a_random_alpha(data, tmp_path, capsys):
     arguments += ['--data-dir', data, '--output', tmp_path / 'out', '--input-size', '3', '32', '32', '--workers', '0']
     arguments = [str(argument) for argument in (*arguments, '--corruptions', 'fog', '--severities', '1')]
     assert main(arguments) == 2
-    assert 'plain.pth holds no alpha, which would be drawn at random' in capsys.readouterr().err
+    assert 'plain.pth holds no alpha, and pp_resnet18 would keep a random one' in capsys.readouterr().err
     for settings in (['alpha=0.5'], ['alpha=0.5', 'trainable_alpha=False'], ['push_pull=False']):
         assert main([*arguments, '--model-kwargs', *settings, '--output', str(tmp_path / settings[-1])]) == 0
     torch.save(timm.create_model('pp_resnet18', num_classes=3).state_dict(), tmp_path / 'plain.pth')
     assert main([*arguments, '--output', str(tmp_path / 'pp')]) == 0
 
 
-def test_command_says_where_models_see_other_crops(data, tmp_path, capsys):
+def test_command_says_if_models_see_different_crops(data, tmp_path, capsys):
     arguments = command(data, tmp_path, '--corruptions', 'fog', '--severities', '2', '--workers', '0')
     assert main(arguments) == 0
-    assert 'do not see the same' not in capsys.readouterr().out
+    assert 'in different ways' not in capsys.readouterr().out
     assert (
         main([*arguments, '--input-size', '3', '40', '40', '--crop-pct', '0.7', '--output', str(tmp_path / 'b')]) == 0
     )
     arguments[1] = 'other=test_resnet'
     assert main([*arguments, '--output', str(tmp_path / 'b')]) == 0
-    assert 'do not see the same: 32 pixels' in capsys.readouterr().out
+    assert 'in different ways: 32 pixels' in capsys.readouterr().out
 
 
 def test_command_tells_two_checkpoints_of_one_network_apart(data, tmp_path, capsys):
@@ -270,8 +276,8 @@ def test_command_tells_two_checkpoints_of_one_network_apart(data, tmp_path, caps
     arguments += ['--amp-dtype', 'bfloat16', '--checkpoint', checkpoint, checkpoint]
     arguments[1:2] = ['first=test_resnet', 'test_resnet']
     assert main(arguments) == 0
-    answers = read_predictions(tmp_path / 'out')
-    assert list(answers) == ['first', 'test_resnet']
+    predictions = read_predictions(tmp_path / 'out')
+    assert list(predictions) == ['first', 'test_resnet']
     assert read_protocol(tmp_path / 'out')['models']['first']['precision'] == 'bfloat16'
     arguments[1] = 'test_resnet'
     assert main(arguments) == 2
@@ -279,7 +285,7 @@ def test_command_tells_two_checkpoints_of_one_network_apart(data, tmp_path, caps
 
 
 def write_stored(source, folder, kinds=('', '')):
-    """Corrupted pictures written without loss in ImageNet-C's layout, from those that are generated."""
+    """Write generated corruptions without loss, in the layout of ImageNet-C."""
     transform = create_transform(**GEOMETRY, is_training=False).transforms[:2]
     for corruption, kind in zip(FEW['corruptions'], kinds, strict=True):
         for severity in FEW['severities']:
@@ -292,26 +298,26 @@ def write_stored(source, folder, kinds=('', '')):
 
 
 @pytest.mark.parametrize('kinds', [('', ''), ('noise', 'digital')])
-def test_stored_pictures_give_the_errors_of_generated_ones(data, tmp_path, kinds):
-    models, pictures = {'a': network()}, dataset(data)
-    folder = write_stored(pictures, tmp_path / 'stored', kinds)
-    evaluate_robustness(models, tmp_path / 'generated', pictures, **FEW)
+def test_stored_corruptions_give_the_errors_of_generated_ones(data, tmp_path, kinds):
+    models, images = {'a': network()}, dataset(data)
+    folder = write_stored(images, tmp_path / 'stored', kinds)
+    evaluate_robustness(models, tmp_path / 'generated', images, **FEW)
     stored = open_stored(folder, **FEW)
-    evaluate_robustness(models, tmp_path / 'read', pictures, stored, **FEW, workers=1)
+    evaluate_robustness(models, tmp_path / 'read', images, stored, **FEW, workers=1)
     generated, read = (read_predictions(tmp_path / name)['a'] for name in ('generated', 'read'))
     assert len(generated) == 5 and generated.keys() == read.keys()
     assert all(np.array_equal(generated[key], read[key]) for key in generated)
     assert len({generated[key].tobytes() for key in generated}) > 1
-    # Without clean pictures there is no clean error.
+    # Without clean images there is no clean error.
     (row,) = evaluate_robustness(models, tmp_path / 'alone', stored=stored, **FEW, limit=6)
     assert row['E'] == '' and row['CE_contrast'] != ''
 
 
-def test_stored_pictures_must_be_those_of_the_dataset(data, tmp_path):
+def test_stored_images_must_be_those_of_the_dataset(data, tmp_path):
     folder = write_stored(dataset(data), tmp_path / 'stored')
     shutil.copytree(data, tmp_path / 'data')
     (tmp_path / 'data' / 'validation' / '2' / '4.png').rename(tmp_path / 'data' / 'validation' / '2' / '7.png')
-    with pytest.raises(ValueError, match='picture 18 is 2/5.png of class 2 here and 2/4.png of class 2 there'):
+    with pytest.raises(ValueError, match='image 18 is 2/5.png of class 2 in dataset, 2/4.png of class 2 in stored'):
         evaluate_robustness(
             {'a': network()}, tmp_path / 'out', dataset(tmp_path / 'data'), open_stored(folder, **FEW), **FEW
         )
@@ -319,21 +325,21 @@ def test_stored_pictures_must_be_those_of_the_dataset(data, tmp_path):
 
 def test_stored_arrays(tmp_path):
     generator = np.random.default_rng(0)
-    pictures = generator.integers(256, size=(6, 32, 32, 3), dtype=np.uint8)
-    shades = [pictures // (severity + 1) for severity in range(5)]
+    images = generator.integers(256, size=(6, 32, 32, 3), dtype=np.uint8)
+    shades = [images // (severity + 1) for severity in range(5)]
     np.save(tmp_path / 'labels.npy', np.tile(np.array([0, 1, 2, 2, 1, 0], np.uint8), 5))
     np.save(tmp_path / 'brightness.npy', np.concatenate(shades))
     model = network()
     passes = dict(corruptions=['brightness'], severities=[1, 4])
     evaluate_robustness({'a': model}, tmp_path / 'out', stored=open_stored(tmp_path, **passes), **passes)
-    answers = read_predictions(tmp_path / 'out')['a']
+    predictions = read_predictions(tmp_path / 'out')['a']
     for severity in (1, 4):
-        images = torch.from_numpy(shades[severity - 1]).permute(0, 3, 1, 2) / 255
-        expected = model((images - 0.5) / 0.25).argmax(1)
-        assert answers['brightness', severity]['answer'].tolist() == expected.tolist()
+        x = torch.from_numpy(shades[severity - 1]).permute(0, 3, 1, 2) / 255
+        expected = model((x - 0.5) / 0.25).argmax(1)
+        assert predictions['brightness', severity]['prediction'].tolist() == expected.tolist()
 
 
-def test_without_the_extra_nothing_is_begun(data, tmp_path, monkeypatch):
+def test_without_the_extra_nothing_is_written(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'imagecorruptions', None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'timm-pushpull\[corruptions\]'"):
         evaluate_robustness({'a': network()}, tmp_path, dataset(data), **FEW)
@@ -359,7 +365,7 @@ def test_sizes_are_those_of_validate(data, tmp_path):
     assert row['img_size'] == 32
 
 
-def test_unreadable_pictures_are_counted_on_demand(data, tmp_path):
+def test_unreadable_images_are_counted_on_demand(data, tmp_path):
     folder = shutil.copytree(data, tmp_path / 'data')
     broken = folder / 'validation' / '1' / '3.png'
     broken.write_bytes(broken.read_bytes()[:200])
@@ -371,18 +377,18 @@ def test_unreadable_pictures_are_counted_on_demand(data, tmp_path):
     broken.unlink()
     evaluate_robustness({'a': network()}, tmp_path / 'without', dataset(folder), corruptions=[])
     without = read_predictions(tmp_path / 'without')['a']['clean', 0]
-    assert np.array_equal(np.delete(whole['clean', 0], 10), without) and whole['clean', 0]['place'][10] == UNREAD
+    assert np.array_equal(np.delete(whole['clean', 0], 10), without) and whole['clean', 0]['rank'][10] == UNREADABLE
 
 
-def test_the_answers_are_the_classes_that_the_model_gives(data, tmp_path):
-    model, pictures = network(), dataset(data)
-    evaluate_robustness({'a': model}, tmp_path, pictures, corruptions=[])
+def test_predictions_are_the_classes_with_the_highest_logit(data, tmp_path):
+    model, images = network(), dataset(data)
+    evaluate_robustness({'a': model}, tmp_path, images, corruptions=[])
     transform = create_transform(**GEOMETRY, is_training=False)
-    logits = torch.cat([model(transform(pictures[index][0])[None]) for index in range(len(pictures))])
-    answers = read_predictions(tmp_path)['a']['clean', 0]
-    assert answers['answer'].tolist() == logits.argmax(1).tolist()
-    ranks = logits.argsort(1, descending=True) == torch.tensor([pictures[i][1] for i in range(len(pictures))])[:, None]
-    assert answers['place'].tolist() == ranks.int().argmax(1).tolist()
+    logits = torch.cat([model(transform(images[index][0])[None]) for index in range(len(images))])
+    predictions = read_predictions(tmp_path)['a']['clean', 0]
+    assert predictions['prediction'].tolist() == logits.argmax(1).tolist()
+    ranks = logits.argsort(1, descending=True) == torch.tensor([images[i][1] for i in range(len(images))])[:, None]
+    assert predictions['rank'].tolist() == ranks.int().argmax(1).tolist()
 
 
 def run_command(arguments, setup='', **kwargs):
@@ -391,22 +397,22 @@ def run_command(arguments, setup='', **kwargs):
     return subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)
 
 
-def test_a_run_killed_anywhere_ends_with_the_same_bytes(data, tmp_path):
+def test_a_run_that_was_killed_ends_with_the_same_bytes(data, tmp_path):
     options = ['--corruptions', 'gaussian_noise', 'fog', 'contrast', '--workers', '1', '--batch-size', '4']
     assert main([*command(data, tmp_path / 'whole', *options)]) == 0
     arguments = command(data, tmp_path / 'parts', *options)
     generator, kills = np.random.default_rng(), 0
     for _ in range(3):
         process = run_command(arguments, start_new_session=True, stderr=subprocess.DEVNULL)
-        answers, start = tmp_path / 'parts' / 'out' / 'answers', len(list((tmp_path / 'parts').rglob('*.npy')))
-        while process.poll() is None and len(list(answers.rglob('*.npy'))) == start:
+        predictions, start = tmp_path / 'parts' / 'out' / 'predictions', len(list((tmp_path / 'parts').rglob('*.npy')))
+        while process.poll() is None and len(list(predictions.rglob('*.npy'))) == start:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.3))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-    finished = {path: path.stat().st_mtime_ns for path in answers.rglob('*.npy')}
+    finished = {path: path.stat().st_mtime_ns for path in predictions.rglob('*.npy')}
     assert kills and main(arguments) == 0
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
     parts, whole = contents(tmp_path / 'parts' / 'out'), contents(tmp_path / 'whole' / 'out')
@@ -414,16 +420,16 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(data, tmp_path):
     assert all(parts[path] == whole[path] for path in whole)
 
 
-def test_a_full_disk_is_named_and_loses_nothing(data, tmp_path):
+def test_a_full_disk_gives_an_error_and_loses_nothing(data, tmp_path):
     arguments = command(data, tmp_path, '--corruptions', 'fog', '--severities', '1', '2', '--workers', '0')
-    # The kernel refuses files of more than 2,400 bytes: answers are smaller, pictures kept for the report larger.
+    # The kernel refuses files of more than 2,400 bytes: predictions are smaller, examples larger.
     limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2400, 2400)); '
     limited = run_command(arguments, setup=limit, stderr=subprocess.PIPE, text=True)
     error = limited.communicate()[1].splitlines()[-1]
     assert limited.returncode == 2 and error.startswith('timm-pushpull: ') and 'File too large' in error
-    before = contents(tmp_path / 'out' / 'answers')
+    before = contents(tmp_path / 'out' / 'predictions')
     assert main(arguments) == 0
-    assert before and before.items() <= contents(tmp_path / 'out' / 'answers').items()
+    assert before and before.items() <= contents(tmp_path / 'out' / 'predictions').items()
 
 
 def test_two_processes_give_what_one_gives(data, tmp_path):

@@ -1,4 +1,4 @@
-"""Trains a push-pull ResNet and its plain baseline on small handwritten digits, and measures their robustness."""
+"""The demo: trains a push-pull ResNet and its plain baseline on small handwritten digits, and measures both."""
 
 import importlib.util
 import io
@@ -17,42 +17,43 @@ from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
 
 from .files import atomic_write
-from .robustness.report import write_report
 from .robustness.evaluate import evaluate_robustness
+from .robustness.report import write_report
 
 __all__ = ['DemoResult', 'run_demo']
 
 SEED = 0
-TEST_SHARE = 5  # every fifth digit
+TEST_EVERY = 5  # every fifth digit is for testing
 NETWORKS = {'plain resnet18': False, 'pp_resnet18': True}  # push_pull
 BASELINE = 'plain resnet18'
 NOTE = (
-    "scikit-learn's handwritten digits at 32x32, 1,437 to train and 120 to test: one seed on small digits shows that "
-    'all works, not which network is better.'
+    "scikit-learn's handwritten digits at 32x32: 1,437 for training, 120 for testing. One seed on small digits shows "
+    'that everything works, not which network is better.'
 )
 DIGITS = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, interpolation='bilinear')
 
 
 class DemoResult(NamedTuple):
-    """Measures of the networks, and the page that shows them."""
+    """Results of the demo."""
 
     rows: list[dict[str, Any]]
-    """Those of :func:`timm_pushpull.robustness.store.summarize`."""
+    """Measures of both networks, see :func:`timm_pushpull.robustness.summary.summarize`."""
     report: Path
+    """Page with tables and plots."""
 
 
 def run_demo(folder: str | os.PathLike[str], epochs: int = 8, test_digits: int = 120) -> DemoResult:
-    """Train ``pp_resnet18`` with and without push-pull on scikit-learn's digits, and test them under 15 corruptions.
+    """Train ``pp_resnet18`` with and without push-pull on scikit-learn's digits, and test both under 15 corruptions.
 
-    Recipe, seed and pictures are the same for both networks. What is in the folder is not done again.
+    Both networks have the same recipe, seed and images. Steps that the folder already holds are not repeated.
 
     Args:
-        folder: Where digits, weights, results and report go; made if it does not exist.
+        folder: Folder of digits, weights, results and report, made if it does not exist.
         epochs: Passes over the 1,437 training digits.
-        test_digits: How many of the 360 digits left are tested, as many of each class as can be.
+        test_digits: Number of test digits, spread over the classes; at most 360.
 
     Returns:
-        The measures of both networks, and the report.
+        Measures of both networks, and the report.
 
     Raises:
         ModuleNotFoundError: If scikit-learn, imagecorruptions-imaug or matplotlib is not installed.
@@ -85,16 +86,16 @@ def run_demo(folder: str | os.PathLike[str], epochs: int = 8, test_digits: int =
 
 
 def _write_digits(folder: Path) -> None:
-    """Write the digits as pictures by split and class, the layout that timm's datasets read."""
+    """Write the digits as image files, in a folder for each split and class."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     for index, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-        path = folder / ('train' if index % TEST_SHARE else 'test') / str(digit) / f'{index}.png'
+        path = folder / ('train' if index % TEST_EVERY else 'test') / str(digit) / f'{index}.png'
         if not path.exists():
             content = io.BytesIO()
-            picture = Image.fromarray((pixels * (255 / 16)).astype('uint8'))
-            picture.resize((32, 32), Image.Resampling.BILINEAR).save(content, 'png')
+            image = Image.fromarray((pixels * (255 / 16)).astype('uint8'))
+            image.resize((32, 32), Image.Resampling.BILINEAR).save(content, 'png')
             atomic_write(path, content.getvalue())
 
 

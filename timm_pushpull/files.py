@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writes a file completely or not at all."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,14 @@ __all__ = ['atomic_write']
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file under another name in its folder, made where missing, and rename it when it is complete.
+    """Write a temporary file in the same folder, then rename it. The folder is made if it does not exist.
 
     Args:
-        path: The file; one that exists is replaced.
-        content: All of it.
+        path: The file; an existing file is replaced.
+        content: Content of the whole file.
 
     Raises:
-        OSError: If it cannot be written; the file is then as it was.
+        OSError: If writing fails. The file then is as before.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,4 +24,4 @@ def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the error of a full disk names no file

@@ -10,10 +10,13 @@ def add_to(commands: Any) -> None:
         'demo',
         help='train a push-pull network and its baseline on digits, and compare them',
         description="Train pp_resnet18 and its plain baseline on scikit-learn's handwritten digits, measure both under "
-        '15 corruptions, and write a page with the results: a few minutes on two cores.',
+        '15 corruptions, and write a page with the results. It takes a few minutes on two cores.',
     )
     parser.add_argument(
-        '--output', default='pushpull-demo', metavar='FOLDER', help='finished steps in it are kept (%(default)s)'
+        '--output',
+        default='pushpull-demo',
+        metavar='FOLDER',
+        help='folder of the weights, the results and the page; finished steps are not repeated (%(default)s)',
     )
     parser.set_defaults(run=run)
 

@@ -18,6 +18,14 @@ def add_to(commands: Any) -> None:
         '--output', metavar='FOLDER', help='folder of the page (RESULTS/report, for a summary.csv summary_report)'
     )
     parser.add_argument('--baseline', metavar='MODEL', help=BASELINE_HELP)
+    parser.add_argument(
+        '--pairs',
+        nargs='+',
+        default=(),
+        metavar='FROM:TO',
+        help='models to compare, or their names before the @ of training runs: a table of differences, TO less FROM, '
+        'and a plot with arrows',
+    )
     parser.set_defaults(run=run)
 
 
@@ -26,4 +34,4 @@ def run(args: argparse.Namespace) -> None:
 
     first = Path(args.results[0])
     output = args.output or (first.with_name(f'{first.stem}_report') if first.is_file() else first / 'report')
-    print(write_report(args.results, output, args.baseline))
+    print(write_report(args.results, output, args.baseline, pairs=args.pairs))

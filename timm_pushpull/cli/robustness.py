@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from ..robustness.metrics import SEVERITIES, TEST_CORRUPTIONS
 from .arguments import add_dataset_arguments, add_model_arguments, dataset_options, model_options
 
-BASELINE_HELP = 'model that relative mCE and R_net compare with, or its name before the @ of training runs'
+BASELINE_HELP = 'baseline of relative mCE and R_net: a model, or the name before the @ of training runs'
 
 
 def add_to(commands: Any) -> None:
@@ -14,8 +15,11 @@ def add_to(commands: Any) -> None:
         'robustness',
         help='measure the errors of timm models on clean and corrupted images',
         description='Measure the top-1 error of timm models on clean images and under the 15 corruptions of ImageNet-C '
-        'at 5 severities, generated (--data-dir) or stored (--stored). Every prediction is kept; an interrupted run '
-        'continues, and other models may join the same results folder.',
+        'at 5 severities, generated (--data-dir) or stored (--stored). The results folder keeps every prediction: the '
+        'same command continues an interrupted run, and other models can join.',
+        epilog='Labels that differ only after an @, such as pp@1=NAME pp@2=NAME, are training runs of one model: the '
+        'report has their mean and range. torchrun --nproc-per-node=4 --no-python timm-pushpull robustness ... shares '
+        'the work among processes, with the same results.',
     )
     parser.add_argument(
         'models', nargs='+', metavar='MODEL', help='any model name that timm.create_model takes, or LABEL=NAME'
@@ -23,27 +27,37 @@ def add_to(commands: Any) -> None:
     data = parser.add_argument_group('images')
     add_dataset_arguments(data, 'clean images; corruptions are generated from them')
     data.add_argument('--stored', metavar='FOLDER', help='corrupted images, in the layout of ImageNet-C or CIFAR-10-C')
-    data.add_argument('--corruptions', nargs='+', metavar='NAME', help='corruptions (the 15 of the test)')
     data.add_argument(
-        '--severities', nargs='+', type=int, default=[1, 2, 3, 4, 5], metavar='N', help='severities (1 to 5)'
+        '--corruptions', nargs='+', default=TEST_CORRUPTIONS, metavar='NAME', help='corruptions (the 15 of ImageNet-C)'
+    )
+    data.add_argument(
+        '--severities', nargs='+', type=int, default=SEVERITIES, metavar='N', help='severities (1 2 3 4 5)'
     )
     data.add_argument('--limit', type=int, metavar='N', help='number of images, spread over the classes (all)')
     data.add_argument('--seed', type=int, default=0, metavar='N', help='seed of generated corruptions (%(default)s)')
-    data.add_argument('--skip-unreadable', action='store_true', help='count unreadable images instead of stopping')
+    data.add_argument(
+        '--skip-unreadable', action='store_true', help='leave out and count unreadable images, instead of stopping'
+    )
     model = parser.add_argument_group('models', "options of timm's validate.py, the same for all models")
     add_model_arguments(model, "one checkpoint for each model (timm's pretrained weights)", nargs='+')
-    model.add_argument('--input-size', nargs=3, type=int, metavar='N', help='e.g. 3 224 224')
-    model.add_argument('--use-train-size', action='store_true', help='not the test size; always so with --stored')
-    model.add_argument('--crop-pct', type=float, metavar='N')
-    model.add_argument('--interpolation', choices=['bilinear', 'bicubic', 'lanczos', 'nearest'])
-    model.add_argument('--mean', nargs=3, type=float, metavar='N')
-    model.add_argument('--std', nargs=3, type=float, metavar='N')
+    model.add_argument(
+        '--input-size', nargs=3, type=int, metavar='N', help='channels, height and width, such as 3 224 224'
+    )
+    model.add_argument(
+        '--use-train-size', action='store_true', help='train size instead of the test size; always with --stored'
+    )
+    model.add_argument('--crop-pct', type=float, metavar='N', help='fraction of the image that the crop keeps')
+    model.add_argument('--interpolation', choices=['bilinear', 'bicubic', 'lanczos', 'nearest'], help='of the resize')
+    model.add_argument('--mean', nargs=3, type=float, metavar='N', help='mean of each channel')
+    model.add_argument('--std', nargs=3, type=float, metavar='N', help='standard deviation of each channel')
     run_group = parser.add_argument_group('run')
-    run_group.add_argument('--output', required=True, metavar='FOLDER', help='results folder; a run in it continues')
+    run_group.add_argument('--output', required=True, metavar='FOLDER', help='results folder')
     run_group.add_argument('--baseline', metavar='MODEL', help=BASELINE_HELP)
-    run_group.add_argument('--device', help='(cuda where there is one, else cpu)')
+    run_group.add_argument('--device', help='device of the models (cuda if there is one, else cpu)')
     run_group.add_argument('--amp', action='store_true', help='mixed precision')
-    run_group.add_argument('--amp-dtype', default='float16', choices=['float16', 'bfloat16'], help='(%(default)s)')
+    run_group.add_argument(
+        '--amp-dtype', default='float16', choices=['float16', 'bfloat16'], help='data type of --amp (%(default)s)'
+    )
     run_group.add_argument('--batch-size', type=int, default=64, metavar='N', help='images in a batch (%(default)s)')
     run_group.add_argument(
         '--workers', type=int, default=2, metavar='N', help='processes that decode and corrupt (%(default)s)'
@@ -57,19 +71,19 @@ def run(args: argparse.Namespace) -> None:
     from timm.data import resolve_data_config
     from timm.utils import init_distributed_device
 
-    from ..robustness.data import find_class_map, open_stored
+    from ..class_lists import find_class_map
+    from ..robustness.data import open_stored
     from ..robustness.evaluate import evaluate_robustness
     from ..robustness.inputs import load_models, open_dataset, refused_by_timm
-    from ..robustness.metrics import TEST_CORRUPTIONS
 
     if not args.data_dir and not args.dataset and not args.stored:
-        raise ValueError('robustness needs --data-dir, to generate corruptions, or --stored.')
-    corruptions = args.corruptions or TEST_CORRUPTIONS
+        raise ValueError('--data-dir, to generate corruptions, or --stored must be given.')
     dataset = stored = None
     if args.data_dir or args.dataset:
         dataset = open_dataset(**dataset_options(args))
     if args.stored:
-        stored = open_stored(args.stored, corruptions, args.severities, find_class_map(args.class_map, args.stored))
+        class_map = find_class_map(args.class_map, args.stored)
+        stored = open_stored(args.stored, args.corruptions, args.severities, class_map)
     models = load_models(args.models, args.checkpoint, **model_options(args))  # last: it may download weights
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     with refused_by_timm(f'--device {args.device}'):
@@ -83,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         args.output,
         dataset=dataset,
         stored=stored,
-        corruptions=corruptions,
+        corruptions=args.corruptions,
         severities=args.severities,
         limit=args.limit,
         seed=args.seed,
@@ -105,10 +119,9 @@ def run(args: argparse.Namespace) -> None:
 
 def print_summary(rows: Sequence[dict[str, Any]]) -> None:
     """Print the measures of a summary, one column for each model."""
-    from ..robustness.store import ENDS, MEANS
+    from ..robustness.summary import measures_of
 
-    errors = dict.fromkeys(name for row in rows for name in row if name[:3] == 'CE_' and not name.endswith(ENDS))
-    measures = [name for name in ('E', *errors, *MEANS) if any(row.get(name, '') != '' for row in rows)]
+    measures = [name for name in measures_of(rows) if any(row.get(name, '') != '' for row in rows)]
     label = max(map(len, measures), default=0)
     print('\n' + ' ' * label + ''.join(f'  {row["model"]:>9}' for row in rows))
     for name in measures:
@@ -118,17 +131,16 @@ def print_summary(rows: Sequence[dict[str, Any]]) -> None:
     print(f'in %; means over severities {rows[0]["severities"] or "of none"}', end='')
     print('.' if 'plain_mCE' in measures else '; mCE needs all 15 corruptions.')
     if unreadable := sum(row['unreadable'] for row in rows):
-        print(f'Left out: {unreadable} predictions for images that could not be read.')
+        print(f'{unreadable} predictions are missing: their images could not be read.')
 
 
 def print_notes(rows: Sequence[dict[str, Any]], output: str) -> None:
-    """Print what a reader of the summary must know, and where the rest is."""
-    from ..robustness.store import not_compared, other_views
+    """Print the limits of a comparison, and where the other results are."""
+    from ..robustness.summary import not_compared, view_differences
 
-    if views := other_views(rows):
-        print(views)
-        print('To compare them alike: --input-size, --crop-pct, --interpolation.')
+    if views := view_differences(rows):
+        print(f'{views} To show them in one way, use --input-size, --crop-pct and --interpolation.')
     if alone := not_compared(rows):
         print(alone)
-    print(f'95% intervals, and how it was measured: summary.csv and protocol.json in {output}.')
-    print(f'As a page: timm-pushpull report {output}')
+    print(f'95% intervals: summary.csv in {output}. Protocol: protocol.json.')
+    print(f'Page with tables and plots: timm-pushpull report {output}')

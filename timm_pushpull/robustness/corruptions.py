@@ -1,7 +1,9 @@
-"""The 15 test corruptions and the 4 held-out ones, generated so that every draw can be made again.
+"""Generates the 15 test corruptions and the 4 held-out ones, reproducibly for each image.
 
-The pictures come from imagecorruptions-imaug, which packages the code of ImageNet-C (https://arxiv.org/abs/1903.12261).
-It draws from NumPy's global generator, and two of its corruptions from generators of their own.
+The corruptions come from imagecorruptions-imaug, which packages the code of ImageNet-C
+(https://arxiv.org/abs/1903.12261). Most of them draw from NumPy's global generator, two from a generator of their own.
+The severities are made for images of 224x224 pixels. On smaller images blur and fog are much stronger: errors there do
+not compare with those on CIFAR-10-C or Tiny-ImageNet-C, which have severities of their own.
 """
 
 import contextlib
@@ -14,22 +16,20 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from .metrics import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS
+from .metrics import HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
 
-__all__ = ['SEVERITIES', 'check_corruption', 'corrupt', 'import_imagecorruptions']
-
-SEVERITIES = (1, 2, 3, 4, 5)
+__all__ = ['check_corruption', 'corrupt', 'import_imagecorruptions']
 
 
 def check_corruption(corruption: str, severity: int) -> None:
     """Refuse a corruption or a severity that does not exist.
 
     Args:
-        corruption: Name of a test corruption or of a held-out one.
-        severity: From 1 to 5.
+        corruption: Name of a test corruption or of a held-out corruption.
+        severity: Severity, 1 to 5.
 
     Raises:
-        ValueError: If it does not exist; the nearest name is given.
+        ValueError: If it does not exist. The message names the nearest corruption.
     """
     names = (*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS)
     if corruption not in names:
@@ -40,44 +40,42 @@ def check_corruption(corruption: str, severity: int) -> None:
 
 
 def corrupt(image: Image.Image, corruption: str, severity: int, index: int, seed: int = 0) -> Image.Image:
-    """Corrupt a picture as ImageNet-C does, with a draw that its place in the dataset decides.
-
-    The same arguments give the same picture, in any process and after any other draw.
+    """Corrupt an image as ImageNet-C does. The same arguments give the same image, in any process and order.
 
     Args:
-        image: Picture, converted to RGB; at least 32 pixels on each side.
-        corruption: Name of a test corruption or of a held-out one.
-        severity: Strength, from 1 to 5.
-        index: Place of the picture in its dataset, from 0.
-        seed: Number of the whole draw.
+        image: Image, converted to RGB; at least 32 pixels on each side.
+        corruption: Name of a test corruption or of a held-out corruption.
+        severity: Severity, 1 to 5.
+        index: Index of the image in its dataset, from 0: each image has random numbers of its own.
+        seed: Seed of all random numbers.
 
     Returns:
-        RGB picture of the same size.
+        RGB image of the same size.
 
     Raises:
         ModuleNotFoundError: If imagecorruptions-imaug is not installed.
-        ValueError: If the corruption or the severity does not exist, or if the picture is too small.
+        ValueError: If the corruption or the severity does not exist, or if the image is too small.
     """
     check_corruption(corruption, severity)
     if min(image.size) < 32:
         raise ValueError(f'image must be at least 32 pixels on each side, got {image.width}x{image.height}.')
     transform = getattr(import_imagecorruptions(), corruption)
     entropy = [seed, zlib.crc32(corruption.encode()), severity, index]
-    global_seed, own_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(2))
-    own = {'seed': own_seed} if 'seed' in inspect.signature(transform).parameters else {}
-    with _numpy_seeded(global_seed):
-        pixels = transform(image.convert('RGB'), severity, **own)
+    numpy_seed, own_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(2))
+    options = {'seed': own_seed} if 'seed' in inspect.signature(transform).parameters else {}
+    with _numpy_seeded(numpy_seed):
+        pixels = transform(image.convert('RGB'), severity, **options)
     return Image.fromarray(np.uint8(pixels))
 
 
 def import_imagecorruptions() -> ModuleType:
-    """Import the package that makes the corruptions.
+    """Import the package that generates the corruptions.
 
     Returns:
         The package.
 
     Raises:
-        ModuleNotFoundError: If it is not installed; how to install it is said.
+        ModuleNotFoundError: If it is not installed. The message says how to install it.
     """
     try:
         import imagecorruptions
@@ -90,6 +88,7 @@ def import_imagecorruptions() -> ModuleType:
 
 @contextlib.contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
+    """Seed NumPy's global generator, and restore it afterwards."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:

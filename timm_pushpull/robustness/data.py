@@ -1,7 +1,7 @@
-"""The pictures that models are shown: those of a dataset that timm opens, or corruptions stored on disk."""
+"""Reads images: those of a dataset that timm opens, and corruptions stored on disk."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,64 +10,71 @@ from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import IterableDataset
 
-__all__ = ['DatasetImages', 'StoredArrays', 'StoredFolders', 'UnreadableImage', 'find_class_map', 'open_stored']
+__all__ = [
+    'DatasetImages',
+    'StoredArrays',
+    'StoredFolders',
+    'UnreadableImage',
+    'open_stored',
+    'stratified_indices',
+]
 
 
 class UnreadableImage(ValueError):
-    """A picture that is missing, truncated or not a picture; its message names it."""
+    """An image file that is missing, truncated or not an image; the message names it."""
 
 
 class DatasetImages:
-    """The pictures of a dataset, by their place in it.
+    """The images of a dataset, by index.
 
     Args:
         dataset: What ``timm.data.create_dataset`` returns for folders, tar files, ``hfds/`` and ``torch/``, without a
             transform.
 
     Attributes:
-        targets: Class of each picture.
-        classes: Name of each class, '' where the dataset does not say it.
-        names: Name of each picture, its place where it has none.
+        targets: Class index of each image.
+        classes: Name of each class, '' where the dataset has none.
+        names: Name of each image, its index where it has none.
 
     Raises:
-        ValueError: If the dataset gives its pictures one after the other only (``tfds/``, ``wds/``, ``hfids/``).
+        ValueError: If the dataset is a stream, without access by index (``tfds/``, ``wds/``, ``hfids/``).
     """
 
     def __init__(self, dataset: Any) -> None:
         if isinstance(dataset, IterableDataset):
             raise ValueError(
-                'dataset must give any picture by its place: image folders, tar files, hfds/ or torch/, '
-                f'got {type(dataset).__name__}, which streams them.'
+                'dataset must give access by index, as image folders, tar files, hfds/ and torch/ do; '
+                f'{type(dataset).__name__} is a stream.'
             )
         self._dataset = dataset
         self._reader: Any = getattr(dataset, 'reader', None)
         self.targets = self._read_targets()
         self.classes = self._read_classes()
         has_files = hasattr(self._reader, 'samples')
-        self.names = dataset.filenames() if has_files else [str(place) for place in range(len(self.targets))]
+        self.names = dataset.filenames() if has_files else [str(index) for index in range(len(self.targets))]
 
-    def image(self, place: int) -> Image.Image:
-        """Decode one picture.
+    def image(self, index: int) -> Image.Image:
+        """Decode one image.
 
         Args:
-            place: Its place in the dataset, from 0.
+            index: Index of the image, from 0.
 
         Returns:
-            The picture in RGB.
+            RGB image.
 
         Raises:
-            UnreadableImage: If that cannot be done.
+            UnreadableImage: If the image cannot be read.
         """
         if self._reader is None:
-            return _decode(lambda: self._dataset[place][0].convert('RGB'), self.names[place])
-        # Not dataset[place]: timm's dataset puts the next picture in the place of one that it cannot read.
-        return _decode(lambda: _load(self._reader[place][0]), self.names[place])
+            return _decode(lambda: self._dataset[index][0].convert('RGB'), self.names[index])
+        # Not dataset[index]: for an image that it cannot read, timm's dataset returns the next image.
+        return _decode(lambda: _load(self._reader[index][0]), self.names[index])
 
     def _read_targets(self) -> list[int]:
         samples, targets = getattr(self._reader, 'samples', None), getattr(self._reader, 'targets', None)
         if targets is None and samples is not None:
             targets = [target for _, target in samples]
-        if targets is None and hasattr(self._reader, 'label_key'):  # hfds/, whose pictures need not be opened for it
+        if targets is None and hasattr(self._reader, 'label_key'):  # hfds/: without decoding the images
             targets = list(self._reader.dataset[self._reader.label_key])
             if self._reader.remap_class:
                 targets = [self._reader.class_to_idx[target] for target in targets]
@@ -75,7 +82,7 @@ class DatasetImages:
             targets = getattr(self._dataset, 'targets', None)
         if targets is None or np.ndim(targets) != 1:
             source = self._dataset if self._reader is None else self._reader
-            targets = [source[place][1] for place in range(len(source))]
+            targets = [source[index][1] for index in range(len(source))]
         return [int(target) for target in targets]
 
     def _read_classes(self) -> list[str]:
@@ -83,30 +90,30 @@ class DatasetImages:
             for attribute in ('class_to_idx', 'class_name_to_idx'):
                 indices = getattr(owner, attribute, None)
                 if indices:
-                    # Several names may have one index.
+                    # Several names may share an index; the first name counts.
                     names = {index: str(name) for name, index in reversed(indices.items())}
                     return [names.get(index, '') for index in range(max(names) + 1)]
         return [''] * (max(self.targets) + 1)
 
 
 class StoredFolders:
-    """Corrupted pictures as ImageNet-C and Tiny-ImageNet-C are published: ``corruption/severity/class/file``.
+    """Corrupted images in the layout of ImageNet-C and Tiny-ImageNet-C: ``corruption/severity/class/file``.
 
-    The corruptions may stand in folders of their kind (``noise``, ``blur``, ``weather``, ``digital``, ``extra``).
+    The corruptions may lie in folders of their kind (``noise``, ``blur``, ``weather``, ``digital``, ``extra``).
 
     Args:
         folder: Folder of the corruptions.
-        corruptions: Those that will be asked for.
-        severities: Those that will be asked for.
-        class_map: Classes to keep and their indices, as timm's ``--class-map``; '' for all folders in their order.
+        corruptions: Names of the corruptions to read.
+        severities: Severities to read, 1 to 5.
+        class_map: Classes to keep and their indices, as ``--class-map`` of timm; '' for all folders in their order.
 
     Attributes:
-        targets: Class of each picture, the same in each corruption and severity.
+        targets: Class index of each image, the same for each corruption and severity.
         classes: Name of each class.
-        names: File of each picture, below the folder of the severity.
+        names: File of each image, relative to the folder of the severity.
 
     Raises:
-        ValueError: If a corruption or severity is missing, or holds no pictures.
+        ValueError: If a corruption or a severity is missing, or if it holds no images.
     """
 
     layout = 'corruption/severity/class/file'
@@ -132,45 +139,45 @@ class StoredFolders:
             raise ValueError(f'{folder} lacks {", ".join(missing)}: name corruptions and severities that it has.')
         first = next(iter(self._folders.values()))
         try:
-            pictures = DatasetImages(ImageDataset(str(first), class_map=class_map))
-        except RuntimeError as error:  # timm's, where no file is an image
+            images = DatasetImages(ImageDataset(str(first), class_map=class_map))
+        except RuntimeError as error:  # timm found no image file
             raise ValueError(str(error)) from None
-        self.targets, self.classes, self.names = pictures.targets, pictures.classes, pictures.names
+        self.targets, self.classes, self.names = images.targets, images.classes, images.names
 
-    def image(self, corruption: str, severity: int, place: int) -> Image.Image:
-        """Decode one picture.
+    def image(self, corruption: str, severity: int, index: int) -> Image.Image:
+        """Decode one image.
 
         Args:
             corruption: Name of the corruption.
-            severity: Its severity.
-            place: Place of the picture, from 0.
+            severity: Severity, 1 to 5.
+            index: Index of the image, from 0.
 
         Returns:
-            The picture in RGB.
+            RGB image.
 
         Raises:
-            UnreadableImage: If that cannot be done.
+            UnreadableImage: If the image cannot be read.
         """
-        path = self._folders[corruption, severity] / self.names[place]
+        path = self._folders[corruption, severity] / self.names[index]
         return _decode(lambda: _load(open(path, 'rb')), str(path))
 
 
 class StoredArrays:
-    """Corrupted pictures as CIFAR-10-C and CIFAR-100-C are published: ``corruption.npy`` and ``labels.npy``.
+    """Corrupted images in the layout of CIFAR-10-C and CIFAR-100-C: ``corruption.npy`` and ``labels.npy``.
 
-    Each array holds the pictures at severity 1, then the same at severity 2, and so on to 5.
+    Each array holds all images at severity 1, then all images at severity 2, and so on to 5.
 
     Args:
         folder: Folder of the arrays.
-        corruptions: Those that will be asked for.
+        corruptions: Names of the corruptions to read.
 
     Attributes:
-        targets: Class of each picture, the same in each corruption and severity.
-        classes: '' for each class.
-        names: Place of each picture.
+        targets: Class index of each image, the same for each corruption and severity.
+        classes: '' for each class: the layout has no names.
+        names: Index of each image.
 
     Raises:
-        ValueError: If an array is missing or of another shape or type.
+        ValueError: If an array is missing, or has another shape or data type.
     """
 
     layout = 'corruption.npy'
@@ -188,16 +195,25 @@ class StoredArrays:
             array = self._array(name)
             if array.dtype != np.uint8 or array.ndim != 4 or array.shape[0] != len(labels) or array.shape[3] != 3:
                 raise ValueError(
-                    f'{self._path(name)} must hold {len(labels)} RGB pictures of 8 bits (N, H, W, 3), '
+                    f'{self._path(name)} must hold {len(labels)} RGB images of 8 bits (N, H, W, 3), '
                     f'got {array.dtype} {array.shape}.'
                 )
         self.targets = [int(label) for label in labels[: len(labels) // 5]]
         self.classes = [''] * (max(self.targets) + 1)
-        self.names = [str(place) for place in range(len(self.targets))]
+        self.names = [str(index) for index in range(len(self.targets))]
 
-    def image(self, corruption: str, severity: int, place: int) -> Image.Image:
-        """Read one picture; arguments as for :meth:`StoredFolders.image`."""
-        return Image.fromarray(self._array(corruption)[(severity - 1) * len(self.targets) + place])
+    def image(self, corruption: str, severity: int, index: int) -> Image.Image:
+        """Read one image.
+
+        Args:
+            corruption: Name of the corruption.
+            severity: Severity, 1 to 5.
+            index: Index of the image, from 0.
+
+        Returns:
+            RGB image.
+        """
+        return Image.fromarray(self._array(corruption)[(severity - 1) * len(self.targets) + index])
 
     def _path(self, name: str) -> Path:
         return self._folder / f'{name}.npy'
@@ -212,50 +228,52 @@ def open_stored(
     severities: Iterable[int],
     class_map: str = '',
 ) -> StoredFolders | StoredArrays:
-    """Open corrupted pictures in the layout of ImageNet-C or in that of CIFAR-10-C, which has a ``labels.npy``.
+    """Open stored corruptions: in the layout of CIFAR-10-C where there is a ``labels.npy``, else that of ImageNet-C.
 
     Args:
         folder: Folder of the corruptions.
-        corruptions: Those that will be asked for.
-        severities: Those that will be asked for.
-        class_map: Classes to keep and their indices, as timm's ``--class-map``; for folders only.
+        corruptions: Names of the corruptions to read.
+        severities: Severities to read, 1 to 5.
+        class_map: Classes to keep and their indices, as ``--class-map`` of timm; only in the layout of ImageNet-C.
 
     Returns:
-        The pictures.
+        The images, for :func:`timm_pushpull.evaluate_robustness`.
 
     Raises:
-        ValueError: If the folder does not exist or lacks something.
+        ValueError: If the folder does not exist, or lacks a corruption or a severity.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f'stored must be a folder of corruptions, {folder} is none.')
+        raise ValueError(f'stored must be a folder of corruptions, {folder} is not one.')
     if not (Path(folder) / 'labels.npy').exists():
         return StoredFolders(folder, corruptions, severities, class_map)
     if class_map:
-        raise ValueError(f'class_map chooses among folders of classes, {folder} holds arrays.')
+        raise ValueError(f'class_map selects folders of classes, but {folder} holds arrays: leave class_map out.')
     return StoredArrays(folder, corruptions)
 
 
-def find_class_map(name: str, folder: str = '') -> str:
-    """Find a class list: a file, or by name one of this package, ``imagenet_100`` or ``imagenet_200``.
-
-    The two are the classes of ImageNet that PushPull-Net's subsets keep.
+def stratified_indices(targets: Sequence[int], limit: int | None = None) -> list[int]:
+    """Select images evenly over the classes: the first image of each class, then the second of each, and so on.
 
     Args:
-        name: File, there or below the folder, as timm's ``--class-map`` takes it; or a name; or ''.
-        folder: Folder of the dataset.
+        targets: Class index of each image.
+        limit: Number of images; None for all.
 
     Returns:
-        Path of the file, or ''.
+        Indices of the images, ascending.
 
     Raises:
-        ValueError: If there is no such file or name.
+        ValueError: If the limit is not positive.
     """
-    lists = Path(__file__).parent.parent / 'class_lists'
-    for path in (name, os.path.join(folder, name), lists / f'{name}_synsets.txt'):
-        if not name or os.path.isfile(path):
-            return str(path)
-    ours = ', '.join(sorted(path.name.removesuffix('_synsets.txt') for path in lists.iterdir()))
-    raise ValueError(f'class_map must be a file of class names or one of {ours}, got {name!r}.')
+    if limit is None:
+        return list(range(len(targets)))
+    if limit < 1:
+        raise ValueError(f'limit must be at least 1, got {limit}.')
+    seen: dict[int, int] = {}
+    turns = []
+    for index, target in enumerate(targets):
+        seen[target] = seen.get(target, 0) + 1
+        turns.append((seen[target], target, index))
+    return sorted(index for _, _, index in sorted(turns)[:limit])
 
 
 def _load(file: IO[bytes]) -> Image.Image:
@@ -266,5 +284,5 @@ def _load(file: IO[bytes]) -> Image.Image:
 def _decode(load: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
         return load()
-    except Exception as error:  # decoders raise errors of many kinds
+    except Exception as error:  # decoders raise many kinds of errors
         raise UnreadableImage(f'{name} cannot be read: {str(error).rstrip(".")}.') from None

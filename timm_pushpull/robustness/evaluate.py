@@ -1,44 +1,43 @@
-"""Evaluation of timm models on clean pictures and on corrupted ones, stored or generated."""
+"""Runs models on clean and corrupted images and writes their predictions to a results folder."""
 
-import hashlib
-import importlib.metadata
 import io
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
-from torch.utils.data import DataLoader, Dataset
+from timm.data import resolve_data_config
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .corruptions import SEVERITIES, check_corruption, corrupt, import_imagecorruptions
 from ..files import atomic_write
-from .metrics import TEST_CORRUPTIONS
-from .data import DatasetImages, StoredArrays, StoredFolders, UnreadableImage
+from .corruptions import check_corruption, import_imagecorruptions
+from .data import DatasetImages, StoredArrays, StoredFolders, stratified_indices
+from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS
+from .protocol import describe_corruptions, describe_images, describe_models, versions
 from .store import (
-    ANSWER,
-    CLEAN,
+    PREDICTION,
     TOP,
-    UNREAD,
+    UNREADABLE,
+    example_path,
+    merge_protocol,
     predictions_path,
-    join_protocol,
-    write_predictions,
-    write_errors,
     write_images,
-    write_summary,
+    write_predictions,
+    write_protocol,
 )
+from .summary import check_baseline, write_errors, write_summary
+from .views import View, Views
 
-__all__ = ['evaluate_robustness', 'hash_modules', 'hash_weights', 'stratified_indices']
+__all__ = ['evaluate_robustness']
 
-EXAMPLES = 3  # pictures kept for the report
+EXAMPLES = 3  # images kept for the report
 
 
 def evaluate_robustness(
@@ -59,194 +58,122 @@ def evaluate_robustness(
     amp_dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Count the errors of models on clean and on corrupted pictures, and write them to a results folder.
+    """Measure the errors of models on clean and corrupted images, and write them to a results folder.
 
-    Each picture is decoded and corrupted once and shown to all the models; models that take it at another size or crop
-    cost it once more for each. Generated corruptions apply to the resized and cropped picture; stored ones are resized
-    where the model takes another size, and not cropped. A run that was interrupted goes on where it was. Where
-    ``torch.distributed`` is initialized its processes share the batches, and the first one writes.
+    Each image is decoded once for all models, and corrupted once for all models with the same image size and crop.
+    Generated corruptions apply to the resized and cropped image. Stored corruptions are resized, not cropped. An
+    interrupted run continues where it stopped. If ``torch.distributed`` is initialized, its processes share the
+    batches and the first process writes.
 
     Args:
-        models: Models of timm by name.
+        models: Models of timm by name. The function moves them to ``device`` and sets them to evaluation mode.
         folder: Results folder, made if it does not exist; see :mod:`timm_pushpull.robustness.store`.
-        dataset: Clean pictures: timm's dataset without a transform (``timm.data.create_dataset``). None, with stored
-            corruptions, for no clean error.
-        stored: Corrupted pictures (``open_stored``); None to generate them from the dataset.
+        dataset: Clean images, as :func:`~timm_pushpull.open_dataset` returns them. None, with ``stored``, for no clean
+            error.
+        stored: Corrupted images, as :func:`~timm_pushpull.open_stored` returns them; None to generate them from
+            ``dataset``.
         corruptions: Names of corruptions.
-        severities: From 1 to 5.
-        limit: Number of pictures, with as many of each class as can be; None for all.
-        seed: Number of the draw of generated corruptions.
-        baseline: What relative mCE and R_net are measured against, see :func:`~timm_pushpull.robustness.store.baseline_of`.
-        skip_unreadable: Count pictures that cannot be read, instead of stopping at the first.
-        data_configs: What ``timm.data.resolve_data_config`` returns, by model. By default that of the model: at its
-            test size as ``validate.py``, at its train size with stored corruptions.
-        device: Where the models run.
-        batch_size: Pictures at a time.
-        workers: Processes that decode and corrupt, for each process that runs the models; 0 for that one.
+        severities: Severities, 1 to 5.
+        limit: Number of images, spread over the classes; None for all.
+        seed: Seed of generated corruptions.
+        baseline: Baseline of relative mCE and R_net, see :func:`~timm_pushpull.robustness.summary.baseline_of`.
+        skip_unreadable: Leave out and count unreadable images, instead of stopping at the first.
+        data_configs: What ``timm.data.resolve_data_config`` returns for each model. By default the settings of the
+            model: at its test size as in ``validate.py``, with stored corruptions at its train size.
+        device: Device of the models.
+        batch_size: Images in a batch.
+        workers: Processes that decode and corrupt, for each process that runs models; 0 to use that process itself.
         amp_dtype: Data type of autocast; None for float32.
-        progress: Show the progress.
+        progress: Show a progress bar.
 
     Returns:
-        The rows of ``summary.csv``.
+        The rows of ``summary.csv``, see :func:`~timm_pushpull.robustness.summary.summarize`; none in processes other
+        than the first.
 
     Raises:
         ModuleNotFoundError: If corruptions are to be generated and imagecorruptions-imaug is not installed.
-        ValueError: If there is neither a dataset nor stored pictures or these are not of the same pictures, if the
-            models' classes are not the data's, if a picture cannot be read, if the folder was made under another
-            protocol, or if a corruption, a severity or the baseline does not exist.
+        ValueError: If there is no model, or neither ``dataset`` nor ``stored``; if these two hold different images; if
+            a model does not fit the number of classes or RGB images; if an image cannot be read; if the folder holds
+            results of another protocol; or if a corruption, a severity or the baseline does not exist.
     """
     folder = Path(folder)
+    if not models:
+        raise ValueError('models must hold at least one model, got none.')
     if batch_size < 1:
         raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
     for corruption in corruptions:
         for severity in severities:
             check_corruption(corruption, severity)
+    if dataset is None and stored is None:
+        raise ValueError('dataset must be given unless stored is, got None for both.')
     clean = None if dataset is None else DatasetImages(dataset)
-    pictures = clean or stored
-    if pictures is None:
-        raise ValueError('dataset must be given where there are no stored corruptions, got None.')
     if clean is not None and stored is not None:
-        _check_same_pictures(clean, stored)
+        _check_same_images(clean, stored)
     if stored is None and corruptions:
-        import_imagecorruptions()  # here, not in each worker
-    for name, model in models.items():
-        if model.num_classes != len(pictures.classes):
-            raise ValueError(f'{name} has {model.num_classes} classes, the data {len(pictures.classes)}.')
+        import_imagecorruptions()  # fails here, not in each worker
     if data_configs is None:
-        configs = {
+        data_configs = {
             name: resolve_data_config({}, model=model, use_test_size=stored is None) for name, model in models.items()
         }
-    else:
-        configs = {name: dict(data_configs[name]) for name in models}
-    indices = stratified_indices(pictures.targets, limit)
-    views = _Views(pictures, clean, stored, indices, seed, configs, skip_unreadable)
+    if missing := [name for name in models if name not in data_configs]:
+        raise ValueError(f'data_configs must have an entry for each model, {", ".join(missing)} has none.')
+    data_configs = {name: data_configs[name] for name in models}
+    views = Views(clean, stored, seed, data_configs, skip_unreadable)
+    images = views.images
+    for name, model in models.items():
+        if model.num_classes != len(images.classes):
+            raise ValueError(f'{name} has {model.num_classes} classes, but the images have {len(images.classes)}.')
+    indices = stratified_indices(images.targets, limit)
     passes = [(CLEAN, 0)] if clean is not None else []
     passes += [(corruption, severity) for corruption in corruptions for severity in severities]
 
     plan: list[Any] = [None]
     if _rank() == 0:
-        protocol = _protocol(models, configs, views, amp_dtype, device)
-        join_protocol(folder, protocol, baseline)
-        names, targets = [pictures.names[i] for i in indices], [pictures.targets[i] for i in indices]
-        write_images(folder, names, targets, pictures.classes)
-        plan[0] = [
-            (of_pass, todo)
-            for of_pass in passes
-            if (todo := [name for name in models if not predictions_path(folder, name, *of_pass).exists()])
-        ]
+        protocol = {
+            'corruptions': describe_corruptions(stored, seed),
+            'data': describe_images(images, indices, has_clean=clean is not None),
+            'versions': versions(),
+            'models': describe_models(models, data_configs, amp_dtype, device),
+        }
+        protocol = merge_protocol(folder, protocol)
+        check_baseline(baseline, protocol['models'])
+        write_protocol(folder, protocol)
+        names, targets = [images.names[index] for index in indices], [images.targets[index] for index in indices]
+        write_images(folder, names, targets, images.classes)
+        unfinished = {
+            key: [name for name in models if not predictions_path(folder, name, *key).exists()] for key in passes
+        }
+        plan[0] = {key: names for key, names in unfinished.items() if names}
     if _world_size() > 1:
         dist.broadcast_object_list(plan)
-    _run(plan[0], models, configs, views, folder, torch.device(device), batch_size, workers, amp_dtype, progress)
+    _run(
+        plan[0],
+        models,
+        data_configs,
+        views,
+        indices,
+        folder,
+        torch.device(device),
+        batch_size,
+        workers,
+        amp_dtype,
+        progress,
+    )
 
     if _rank() > 0:
         return []
-    _write_examples(folder, views, corruptions, severities)
+    middle = sorted(severities)[len(severities) // 2 :][:1]
+    _write_examples(folder, views, indices, [key for key in passes if key[0] == CLEAN or key[1] in middle])
     write_errors(folder)
     return write_summary(folder, baseline)
 
 
-def stratified_indices(targets: Sequence[int], limit: int | None = None) -> list[int]:
-    """Choose pictures with as many of each class as can be: the first of each class, then the second, and so on.
-
-    Args:
-        targets: Class of each picture.
-        limit: Number of pictures; None for all.
-
-    Returns:
-        Their places, ascending.
-
-    Raises:
-        ValueError: If the limit is not positive.
-    """
-    if limit is None:
-        return list(range(len(targets)))
-    if limit < 1:
-        raise ValueError(f'limit must be at least 1, got {limit}.')
-    seen: dict[int, int] = {}
-    turns = []
-    for index, target in enumerate(targets):
-        seen[target] = seen.get(target, 0) + 1
-        turns.append((seen[target], target, index))
-    return sorted(index for _, _, index in sorted(turns)[:limit])
-
-
-class _View(NamedTuple):
-    """What a loader is asked for: one picture in one pass."""
-
-    corruption: str
-    severity: int
-    place: int
-
-
-class _Views(Dataset):
-    """The pictures as the models see them, uint8 (C, H, W), one for each way in which a model takes them."""
-
-    def __init__(
-        self,
-        pictures: DatasetImages | StoredFolders | StoredArrays,
-        clean: DatasetImages | None,
-        stored: StoredFolders | StoredArrays | None,
-        indices: Sequence[int],
-        seed: int,
-        configs: Mapping[str, Mapping[str, Any]],
-        skip_unreadable: bool,
-    ) -> None:
-        self.pictures, self.clean, self.stored = pictures, clean, stored
-        self.indices, self.seed, self.skip_unreadable = indices, seed, skip_unreadable
-        geometries: list[dict[str, Any]] = []
-        self.geometry_of = {}
-        for name, config in configs.items():
-            geometry = {key: config[key] for key in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
-            if geometry['input_size'][0] != 3:
-                raise ValueError(f'{name} takes {geometry["input_size"][0]} channels; corruptions are of 3, RGB.')
-            if geometry not in geometries:
-                geometries.append(geometry)
-            self.geometry_of[name] = geometries.index(geometry)
-        self._sizes = [geometry['input_size'] for geometry in geometries]
-        self._resize_and_crop = [_transforms(geometry) for geometry in geometries]
-        # Stored pictures have been cropped by those who made them.
-        self._resize = [_transforms({**geometry, 'crop_pct': 1.0}) for geometry in geometries]
-
-    def __getitem__(self, view: _View) -> tuple[list[torch.Tensor], int]:
-        try:
-            images = self._images(view)
-        except UnreadableImage as error:
-            if not self.skip_unreadable:
-                raise UnreadableImage(
-                    f'{error} Such pictures can be left out and counted (skip_unreadable).'
-                ) from None
-            return [torch.zeros(size, dtype=torch.uint8) for size in self._sizes], -1
-        target = self.pictures.targets[view.place]
-        return [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images], target
-
-    def _images(self, view: _View) -> list[np.ndarray]:
-        is_clean = view.corruption == CLEAN
-        if self.stored is not None and not is_clean:
-            image, transforms = self.stored.image(*view), self._resize
-        else:
-            assert self.clean is not None, 'no clean pictures, no such view'
-            image, transforms = self.clean.image(view.place), self._resize_and_crop
-        images = []
-        for steps in transforms:
-            shown = image
-            for step in steps:
-                shown = step(shown)
-            if self.stored is None and not is_clean:
-                shown = corrupt(shown, *view, self.seed)
-            images.append(np.asarray(shown))
-        return images
-
-
-def _transforms(geometry: Mapping[str, Any]) -> list[Any]:
-    """timm's resize and crop, without the conversion to a tensor."""
-    return create_transform(**geometry, is_training=False, normalize=False).transforms[:-1]
-
-
 def _run(
-    plan: Sequence[tuple[tuple[str, int], Sequence[str]]],
+    plan: Mapping[tuple[str, int], Sequence[str]],
     models: Mapping[str, nn.Module],
-    configs: Mapping[str, Mapping[str, Any]],
-    views: _Views,
+    data_configs: Mapping[str, Mapping[str, Any]],
+    views: Views,
+    indices: Sequence[int],
     folder: Path,
     device: torch.device,
     batch_size: int,
@@ -254,35 +181,30 @@ def _run(
     amp_dtype: torch.dtype | None,
     progress: bool,
 ) -> None:
-    """Run the passes that are planned, each with the models that lack it, and write the answers of each as it ends."""
+    """Run each pass (corruption and severity) of the plan with the models that lack it, and write its predictions."""
     for model in models.values():
         model.to(device).eval()
-    places = range(0, len(views.indices), batch_size)
-    # Whole batches are shared, so that each is the same in one process and in many.
-    mine = places[_rank() :: _world_size()]
-    batches = [
-        [_View(*of_pass, index) for index in views.indices[place : place + batch_size]]
-        for of_pass, _ in plan
-        for place in mine
-    ]
-    # One loader for all passes: its workers start once and do not wait for one pass to end.
+    # Processes share whole batches: the batches are then the same for any number of processes.
+    starts = range(0, len(indices), batch_size)[_rank() :: _world_size()]
+    batches = [[View(*key, index) for index in indices[start : start + batch_size]] for key in plan for start in starts]
+    # One loader for all passes: its workers start once, and do not wait for a pass to end.
     loader = DataLoader(
         views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == 'cuda', worker_init_fn=_one_thread
     )
-    arriving = iter(loader)
+    batches_left = iter(loader)
     with tqdm(total=len(batches), unit='batch', disable=not (progress and batches and _rank() == 0)) as bar:
-        for (corruption, severity), todo in plan:
+        for (corruption, severity), names in plan.items():
             bar.set_description(f'{corruption} {severity}' if severity else CLEAN)
-            answers: dict[str, list[np.ndarray]] = {name: [] for name in todo}
-            for _ in mine:
-                images, targets = next(arriving)
-                images = [image.to(device, non_blocking=True) for image in images]
-                for name in todo:
-                    shown = images[views.geometry_of[name]]
-                    answers[name].append(_answer(models[name], shown, targets, configs[name], amp_dtype))
+            predictions: dict[str, list[np.ndarray]] = {name: [] for name in names}
+            for _ in starts:
+                batch, targets = next(batches_left)
+                batch = [images.to(device, non_blocking=True) for images in batch]
+                for name in names:
+                    images = batch[views.geometry[name]]
+                    predictions[name].append(_predict(models[name], images, targets, data_configs[name], amp_dtype))
                 bar.update()
-            for name, of_model in _in_order(answers).items():
-                write_predictions(predictions_path(folder, name, corruption, severity), of_model)
+            for name, array in _gather(predictions).items():
+                write_predictions(predictions_path(folder, name, corruption, severity), array)
             if _rank() == 0:
                 write_errors(folder)
 
@@ -294,40 +216,40 @@ def _one_thread(worker: int) -> None:
 
 
 @torch.inference_mode()
-def _answer(
+def _predict(
     model: nn.Module,
     images: torch.Tensor,
     targets: torch.Tensor,
-    config: Mapping[str, Any],
+    data_config: Mapping[str, Any],
     amp_dtype: torch.dtype | None,
 ) -> np.ndarray:
-    # timm's own arithmetic, that of its prefetcher.
-    mean, std = (255 * torch.tensor(config[key], device=images.device).view(-1, 1, 1) for key in ('mean', 'std'))
+    # The arithmetic of timm's prefetcher.
+    mean, std = (255 * torch.tensor(data_config[key], device=images.device).view(-1, 1, 1) for key in ('mean', 'std'))
     with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
         logits = model(images.float().sub_(mean).div_(std))
     first = logits.topk(min(TOP, logits.shape[1])).indices.cpu()
     right = first == targets[:, None]
-    answers = np.empty(len(targets), ANSWER)
-    answers['answer'] = first[:, 0]
-    answers['place'] = torch.where(right.any(1), right.int().argmax(1), TOP)
-    answers[(targets < 0).numpy()] = (0, UNREAD)
-    return answers
+    predictions = np.empty(len(targets), PREDICTION)
+    predictions['prediction'] = first[:, 0]
+    predictions['rank'] = torch.where(right.any(1), right.int().argmax(1), TOP)
+    predictions[(targets < 0).numpy()] = (0, UNREADABLE)
+    return predictions
 
 
-def _in_order(answers: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-    """Bring the batches of all processes together in the first one; the others get nothing."""
-    shares: list[Any] = [answers]
+def _gather(predictions: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Join the batches of all processes in their order; only the first process gets them."""
+    parts: list[Any] = [predictions]
     if _world_size() > 1:
-        shares = [None] * _world_size()
-        dist.all_gather_object(shares, answers)
+        parts = [None] * _world_size()
+        dist.all_gather_object(parts, predictions)
     if _rank() > 0:
         return {}
-    ordered = {}
-    for name in answers:
-        of_processes = [share[name] for share in shares]
-        turns = range(len(of_processes[0]))  # the first process has as many batches as any
-        ordered[name] = np.concatenate([share[turn] for turn in turns for share in of_processes if turn < len(share)])
-    return ordered
+    joined = {}
+    for name in predictions:
+        batches = [part[name] for part in parts]  # of each process
+        turns = range(len(batches[0]))  # the first process has the most batches
+        joined[name] = np.concatenate([part[turn] for turn in turns for part in batches if turn < len(part)])
+    return joined
 
 
 def _rank() -> int:
@@ -338,125 +260,32 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _write_examples(folder: Path, views: _Views, corruptions: Sequence[str], severities: Sequence[int]) -> None:
-    """Keep a few pictures as the first model sees them, at the middle severity."""
-    count = len(views.indices)
-    severity = sorted(severities)[len(severities) // 2] if severities else 0
-    passes = [(CLEAN, 0)] if views.clean is not None else []
-    passes += [(corruption, severity) for corruption in corruptions]
-    for place in sorted({(2 * turn + 1) * count // (2 * EXAMPLES) for turn in range(EXAMPLES)}):
-        for of_pass in passes:
-            path = folder / 'examples' / f'{of_pass[0]}-{of_pass[1]}-{place}.png'
+def _write_examples(folder: Path, views: Views, indices: Sequence[int], keys: Sequence[tuple[str, int]]) -> None:
+    """Keep a few images as the first model sees them, clean and corrupted."""
+    count = len(indices)
+    for row in sorted({(2 * number + 1) * count // (2 * EXAMPLES) for number in range(EXAMPLES)}):
+        for corruption, severity in keys:
+            path = example_path(folder, corruption, severity, row)
             if not path.exists():
-                images, target = views[_View(*of_pass, views.indices[place])]
+                images, target = views[View(corruption, severity, indices[row])]
                 if target >= 0:
                     buffer = io.BytesIO()
                     Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(buffer, 'png')
                     atomic_write(path, buffer.getvalue())
 
 
-def _check_same_pictures(clean: DatasetImages, stored: StoredFolders | StoredArrays) -> None:
+def _check_same_images(clean: DatasetImages, stored: StoredFolders | StoredArrays) -> None:
     if len(clean.targets) != len(stored.targets):
-        raise ValueError(f'dataset has {len(clean.targets)} pictures, the stored corruptions {len(stored.targets)}.')
-    for place, (ours, theirs) in enumerate(zip(_identities(clean), _identities(stored), strict=True)):
+        raise ValueError(f'dataset has {len(clean.targets)} images, but stored has {len(stored.targets)}.')
+    for index, (ours, theirs) in enumerate(zip(_identities(clean), _identities(stored), strict=True)):
         if ours != theirs:
             raise ValueError(
-                'dataset and stored corruptions must hold the same pictures in the same order; '
-                f'picture {place} is {clean.names[place]} of class {clean.targets[place]} here '
-                f'and {stored.names[place]} of class {stored.targets[place]} there.'
+                f'dataset and stored must hold the same images in the same order; image {index} is '
+                f'{clean.names[index]} of class {clean.targets[index]} in dataset, '
+                f'{stored.names[index]} of class {stored.targets[index]} in stored.'
             )
 
 
-def _identities(pictures: DatasetImages | StoredFolders | StoredArrays) -> list[tuple[str, int]]:
-    """Name, without folder and ending, and class of each picture; the endings may differ between the two."""
-    stems = (Path(name).stem for name in pictures.names)
-    return list(zip(stems, pictures.targets, strict=True))
-
-
-def _protocol(
-    models: Mapping[str, nn.Module],
-    configs: Mapping[str, Mapping[str, Any]],
-    views: _Views,
-    amp_dtype: torch.dtype | None,
-    device: str | torch.device,
-) -> dict[str, Any]:
-    pictures, indices = views.pictures, views.indices
-    names = '\n'.join(f'{pictures.names[index]} {pictures.targets[index]}' for index in indices)
-    if views.stored is None:
-        corruptions: dict[str, Any] = {
-            'generated_by': f'imagecorruptions-imaug {_version("imagecorruptions-imaug")}',
-            'seed': views.seed,
-            'applied_to': 'the resized and cropped picture',
-        }
-    else:
-        corruptions = {
-            'stored_as': views.stored.layout,
-            'stored_names_sha256': _sha256('\n'.join(views.stored.names)),
-            'crop': 'none: short side to input_size, centre',
-        }
-    classes = len(pictures.classes)
-    return {
-        'corruptions': corruptions,
-        'data': {
-            'images': len(indices),
-            'classes': classes,
-            'imagenet_1k': classes == 1000 == len(set(pictures.targets)),
-            'clean': views.clean is not None,
-            'names_sha256': _sha256(names),
-        },
-        'versions': {name: _version(name) for name in ('timm-pushpull', 'timm', 'torch', 'numpy', 'pillow')},
-        'models': {
-            name: {
-                'architecture': (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'),
-                # What timm keeps of create_model's arguments, since 1.0.31.
-                'model_args': {key: str(value) for key, value in getattr(model, '_model_args', {}).items()},
-                **configs[name],
-                'param_count': round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
-                'weights_sha256': hash_weights(model),
-                # What the weights do not hold, such as a fixed alpha or the averaging window.
-                'modules_sha256': hash_modules(model),
-                'precision': str(amp_dtype or torch.float32).removeprefix('torch.'),
-                'device': torch.device(device).type,
-            }
-            for name, model in models.items()
-        },
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_modules(model: nn.Module) -> str:
-    """Compute the checksum of a model's modules and their settings, as far as PyTorch prints them.
-
-    Args:
-        model: The model.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
-    return _sha256(re.sub(' at 0x[0-9a-f]+', '', str(model)))  # functions print their address
-
-
-def hash_weights(model: nn.Module) -> str:
-    """Compute the checksum of a model's weights and buffers: names, data types, shapes and values.
-
-    Args:
-        model: The model.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _identities(images: DatasetImages | StoredFolders | StoredArrays) -> list[tuple[str, int]]:
+    """Return the file stem and class of each image; folders and suffixes may differ."""
+    return list(zip((Path(name).stem for name in images.names), images.targets, strict=True))

@@ -1,4 +1,4 @@
-"""What is evaluated: the dataset, the models and their checkpoints, with errors that name them."""
+"""Opens a dataset and loads models as timm's ``validate.py`` does, with errors that name the argument to change."""
 
 import contextlib
 import os
@@ -9,17 +9,19 @@ from typing import Any
 from timm.data import create_dataset
 from timm.models import create_model, load_checkpoint
 
+from ..class_lists import find_class_map
 from ..layers.push_pull import PushPullConv2d
-from .data import find_class_map
 
 __all__ = ['load_model', 'load_models', 'open_dataset', 'refused_by_timm']
 
 
-def open_dataset(data_dir: str | None, name: str = '', split: str = 'validation', class_map: str = '') -> Any:
-    """Open a dataset as timm's ``validate.py`` does, without a transform.
+def open_dataset(
+    data_dir: str | os.PathLike[str] | None, name: str = '', split: str = 'validation', class_map: str = ''
+) -> Any:
+    """Open a dataset without a transform.
 
-    Where a folder has no such split, timm takes all its images, those of the training too. That is refused here, unless
-    the folder has no splits at all.
+    If a folder lacks the split, timm takes all images in the folder, training images included. This function refuses
+    such a folder, unless it has no splits at all.
 
     Args:
         data_dir: Folder of the dataset.
@@ -33,53 +35,57 @@ def open_dataset(data_dir: str | None, name: str = '', split: str = 'validation'
     Raises:
         ValueError: If the folder, the split or the class map does not exist, or if timm refuses the dataset.
     """
-    if not name and (data_dir is None or not os.path.exists(data_dir)):
-        raise ValueError(f'data_dir must be a folder of images, {data_dir} is not one.')
-    options: dict[str, Any] = dict(root=data_dir, split=split, class_map=find_class_map(class_map, data_dir or ''))
-    with refused_by_timm(f'{name or "images"} in {data_dir}'):
+    root = None if data_dir is None else os.fspath(data_dir)
+    if not name and (root is None or not os.path.exists(root)):
+        raise ValueError(f'data_dir must be a folder of images, {root} is not one.')
+    options: dict[str, Any] = dict(root=root, split=split, class_map=find_class_map(class_map, root or ''))
+    with refused_by_timm(f'{name or "images"} in {root}'):
         dataset: Any = create_dataset(name, **options)
-    whole = data_dir is not None and not name and dataset.reader.root == data_dir
-    if whole and (split != 'validation' or os.path.isdir(os.path.join(str(data_dir), 'train'))):
-        raise ValueError(f'split must be a folder of data_dir, there is no {split} in {data_dir}.')
+    if root is not None and not name and dataset.reader.root == root:
+        has_training = any(os.path.isdir(os.path.join(root, training)) for training in ('train', 'training'))
+        if split != 'validation' or has_training:
+            raise ValueError(f'split must be a folder in data_dir, there is no {split} in {root}.')
     return dataset
 
 
-def load_models(names: Sequence[str], checkpoints: Sequence[str] | None = None, **options: Any) -> dict[str, Any]:
+def load_models(
+    names: Sequence[str], checkpoints: Sequence[str | os.PathLike[str]] | None = None, **options: Any
+) -> dict[str, Any]:
     """Load models for one evaluation, see :func:`load_model`.
 
     Args:
-        names: Model names of timm, or ``LABEL=NAME``.
+        names: Model names that ``timm.create_model`` takes, or ``LABEL=NAME``.
         checkpoints: One file for each model; None for timm's pretrained weights.
         **options: Options of :func:`load_model`, the same for all models.
 
     Returns:
-        Models by label.
+        Models by label. The label of a model without one is its name.
 
     Raises:
-        ValueError: If there is not one checkpoint for each model, if a label is given twice, or as for
+        ValueError: If the numbers of models and checkpoints differ, if two models have one label, or for the reasons of
             :func:`load_model`.
     """
     if checkpoints and len(checkpoints) != len(names):
-        raise ValueError(f'checkpoint must name one file for each of the models, got {len(checkpoints)}.')
+        raise ValueError(f'checkpoint must name one file for each of the {len(names)} models, got {len(checkpoints)}.')
     models: dict[str, Any] = {}
-    for name, checkpoint in zip(names, checkpoints or [None] * len(names), strict=True):
+    for number, name in enumerate(names):
         label, equals, model_name = name.partition('=')
         if not equals or '/' in label or ':' in label:
             label = model_name = name
         if label in models:
-            raise ValueError(f'model {label} is given twice: tell them apart as LABEL={model_name}.')
-        models[label] = load_model(model_name, checkpoint, **options)
+            raise ValueError(f'model {label} is given twice: give its models different labels, LABEL={model_name}.')
+        models[label] = load_model(model_name, checkpoints[number] if checkpoints else None, **options)
     return models
 
 
 def load_model(
     name: str,
-    checkpoint: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     use_ema: bool = False,
     num_classes: int | None = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Create a model and load its weights as timm's ``validate.py`` does, with errors that name the model.
+    """Create a model and load its weights.
 
     Args:
         name: Model name that ``timm.create_model`` takes.
@@ -92,8 +98,9 @@ def load_model(
         The model.
 
     Raises:
-        ValueError: If there is no such model, checkpoint or setting, if they do not fit, or if the checkpoint holds no
+        ValueError: If there is no such model, checkpoint or argument, if they do not fit, or if the checkpoint holds no
             alpha and the model would keep a random one.
+        OSError: If pretrained weights cannot be downloaded.
     """
     if checkpoint is not None and not os.path.isfile(checkpoint):
         raise ValueError(f'checkpoint must be a file, {checkpoint} is not one.')
@@ -101,17 +108,17 @@ def load_model(
         model = create_model(name, pretrained=checkpoint is None, num_classes=num_classes, **model_kwargs)
         if checkpoint is not None:
             drawn = _erase_drawn_alpha(model)
-            load_checkpoint(model, checkpoint, use_ema)
+            load_checkpoint(model, os.fspath(checkpoint), use_ema)
             if any(alpha.isnan().any() for alpha in drawn):
-                raise RuntimeError(
-                    f'{checkpoint} holds no alpha, and a random one would be used. For a plain network give the model '
-                    'argument push_pull=False, otherwise alpha.'
+                raise ValueError(
+                    f'checkpoint {checkpoint} holds no alpha, and {name} would keep a random one: give the model '
+                    'argument push_pull=False for a plain network, otherwise alpha.'
                 )
     return model
 
 
 def _erase_drawn_alpha(model: Any) -> list[Any]:
-    """Set each alpha that was drawn, not given, to NaN, to see whether a checkpoint sets it."""
+    """Set each randomly drawn alpha to NaN: a checkpoint with an alpha then overwrites it."""
     layers = [layer for layer in model.modules() if isinstance(layer, PushPullConv2d)]
     drawn = [layer.alpha for layer in layers if layer.trainable_alpha and layer.initial_alpha is None]
     for alpha in drawn:
@@ -121,7 +128,11 @@ def _erase_drawn_alpha(model: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def refused_by_timm(subject: str) -> Iterator[None]:
-    """Turn the errors by which timm refuses an argument into a ``ValueError`` that names the subject."""
+    """Turn an error by which timm refuses an argument into a ``ValueError``.
+
+    Args:
+        subject: What timm refuses: the first words of the message.
+    """
     try:
         yield
     except (AssertionError, ImportError, RuntimeError, TypeError) as error:

@@ -1,24 +1,30 @@
-"""Measures of robustness, from top-1 errors by corruption and severity.
+"""Corruptions, and metrics of robustness computed from top-1 errors by corruption and severity.
 
-Papers: `Benchmarking Neural Network Robustness to Common Corruptions and Perturbations` -
-https://arxiv.org/abs/1903.12261, and `PushPull-Net` - https://arxiv.org/abs/2408.04077. The two print different means
-under the name mCE; here they have different names.
+`Benchmarking Neural Network Robustness to Common Corruptions and Perturbations` (https://arxiv.org/abs/1903.12261) and
+`PushPull-Net` (https://arxiv.org/abs/2408.04077) report different means under the name mCE. Here each mean has its own
+name, see ``MEANS``.
 """
 
 from collections.abc import Mapping
 
 __all__ = [
     'ALEXNET_CORRUPTION_ERRORS',
+    'CLEAN',
+    'COMPARISONS',
     'HELD_OUT_CORRUPTIONS',
+    'KINDS',
+    'MEANS',
+    'SEVERITIES',
     'TEST_CORRUPTIONS',
     'corruption_error',
     'net_error_reduction',
     'normalized_mce',
     'plain_mce',
     'relative_mce',
+    'words_of',
 ]
 
-# Top-1 corruption errors of AlexNet on ImageNet-C, by which Hendrycks and Dietterich divide.
+# Top-1 corruption errors of AlexNet on ImageNet-C: the divisors in Hendrycks and Dietterich's mCE.
 ALEXNET_CORRUPTION_ERRORS = {
     'gaussian_noise': 0.886428,
     'shot_noise': 0.894468,
@@ -38,10 +44,29 @@ ALEXNET_CORRUPTION_ERRORS = {
 }
 TEST_CORRUPTIONS = tuple(ALEXNET_CORRUPTION_ERRORS)
 HELD_OUT_CORRUPTIONS = ('speckle_noise', 'gaussian_blur', 'spatter', 'saturate')
+KINDS = {
+    'noise': TEST_CORRUPTIONS[:3],
+    'blur': TEST_CORRUPTIONS[3:7],
+    'weather': TEST_CORRUPTIONS[7:11],
+    'digital': TEST_CORRUPTIONS[11:],
+    'held out': HELD_OUT_CORRUPTIONS,
+}
+CLEAN = 'clean'  # in the place of a corruption, with severity 0
+SEVERITIES = (1, 2, 3, 4, 5)
+MEANS = {
+    'E': 'top-1 error on clean images, %',
+    'plain_mCE': 'plain mean of the top-1 errors over 15 corruptions, %: the mCE of the push-pull paper',
+    'alexnet_normalized_mCE': "mean of each corruption's error over AlexNet's, %: the mCE of most other papers",
+    'relative_mCE': 'mean of (CE - E) / (CE_b - E_b) over 15 corruptions, %; CE is the error of one corruption, b the '
+    'baseline',
+    'R_net': 'net reduction in error, %: 100 ((mCE_b - mCE) + (E_b - E)) / (2 E_b); mCE is the plain mCE, b the '
+    'baseline. The push-pull paper prints no formula; this formula reproduces its table',
+}
+COMPARISONS = ('relative_mCE', 'R_net')  # the means that need a baseline
 
 
 def corruption_error(errors: Mapping[int, float]) -> float:
-    """CE of one corruption: the mean of its errors over the severities.
+    """Compute CE of one corruption: its mean error over the severities.
 
     Args:
         errors: Top-1 error, in [0, 1], by severity.
@@ -50,7 +75,7 @@ def corruption_error(errors: Mapping[int, float]) -> float:
         Mean error, in [0, 1].
 
     Raises:
-        ValueError: If there is no severity.
+        ValueError: If ``errors`` is empty.
     """
     if not errors:
         raise ValueError('errors must hold at least one severity, got none.')
@@ -58,16 +83,16 @@ def corruption_error(errors: Mapping[int, float]) -> float:
 
 
 def plain_mce(corruption_errors: Mapping[str, float]) -> float:
-    """PushPull-Net's mCE: the plain mean of CE over the 15 test corruptions.
+    """Compute PushPull-Net's mCE: the plain mean of CE over the 15 test corruptions.
 
     Args:
-        corruption_errors: CE, in [0, 1], by corruption; others than the 15 are left aside.
+        corruption_errors: CE, in [0, 1], by corruption. Corruptions outside the 15 do not count.
 
     Returns:
         Mean error, in [0, 1].
 
     Raises:
-        ValueError: If one of the 15 is missing.
+        ValueError: If one of the 15 corruptions is missing.
     """
     return sum(_test_errors(corruption_errors).values()) / len(TEST_CORRUPTIONS)
 
@@ -76,22 +101,22 @@ def normalized_mce(
     corruption_errors: Mapping[str, float],
     baseline: Mapping[str, float] = ALEXNET_CORRUPTION_ERRORS,
 ) -> float:
-    """Hendrycks and Dietterich's mCE: the mean of CE over that of the baseline.
+    """Compute Hendrycks and Dietterich's mCE: the mean of ``CE / CE_baseline`` over the 15 test corruptions.
 
-    With AlexNet as baseline it means something on ImageNet-C and its 1,000 classes only.
+    AlexNet's errors are those on ImageNet-C with its 1,000 classes: use them for no other data.
 
     Args:
-        corruption_errors: CE, in [0, 1], by corruption; others than the 15 are left aside.
-        baseline: The same of the baseline, AlexNet by default.
+        corruption_errors: CE, in [0, 1], by corruption. Corruptions outside the 15 do not count.
+        baseline: CE of the baseline by corruption; AlexNet's by default.
 
     Returns:
         Mean ratio: 1 for the baseline itself, less for a more robust model.
 
     Raises:
-        ValueError: If one of the 15 is missing in either.
+        ValueError: If one of the 15 corruptions is missing from either argument.
     """
-    of_baseline = _test_errors(baseline)
-    ratios = [error / of_baseline[name] for name, error in _test_errors(corruption_errors).items()]
+    baseline_errors = _test_errors(baseline)
+    ratios = [error / baseline_errors[name] for name, error in _test_errors(corruption_errors).items()]
     return sum(ratios) / len(ratios)
 
 
@@ -101,19 +126,19 @@ def relative_mce(
     baseline_clean_error: float,
     baseline: Mapping[str, float],
 ) -> float:
-    """Hendrycks and Dietterich's relative mCE: as their mCE, each error less the model's own clean error.
+    """Compute Hendrycks and Dietterich's relative mCE: the mean of ``(CE - E) / (CE_baseline - E_baseline)``.
 
     Args:
         clean_error: E, the top-1 error on clean images, in [0, 1].
-        corruption_errors: CE, in [0, 1], by corruption; others than the 15 are left aside.
-        baseline_clean_error: E of the baseline.
-        baseline: CE of the baseline.
+        corruption_errors: CE, in [0, 1], by corruption. Corruptions outside the 15 do not count.
+        baseline_clean_error: E of the baseline, in [0, 1].
+        baseline: CE of the baseline by corruption.
 
     Returns:
         Mean ratio of what the corruptions add to the error: 1 for the baseline itself.
 
     Raises:
-        ValueError: If one of the 15 is missing in either.
+        ValueError: If one of the 15 corruptions is missing from either mapping.
     """
     return normalized_mce(
         {name: error - clean_error for name, error in _test_errors(corruption_errors).items()},
@@ -122,20 +147,33 @@ def relative_mce(
 
 
 def net_error_reduction(clean_error: float, mce: float, baseline_clean_error: float, baseline_mce: float) -> float:
-    """R_net, the net reduction in error against a baseline: what is won on corrupted images less what clean ones cost.
+    """Compute R_net, the net reduction in error: the gain on corrupted images less the loss on clean images.
 
-    ``100 * ((mCE_b - mCE) + (E_b - E)) / (2 * E_b)``, inferred from the published table, which it reproduces.
+    ``100 * ((mCE_b - mCE) + (E_b - E)) / (2 * E_b)`` for a baseline b. The paper prints no formula; this formula
+    reproduces its table.
 
     Args:
         clean_error: E, in [0, 1].
         mce: Plain mCE, in [0, 1].
-        baseline_clean_error: E of the baseline.
-        baseline_mce: Plain mCE of the baseline.
+        baseline_clean_error: E of the baseline, in [0, 1].
+        baseline_mce: Plain mCE of the baseline, in [0, 1].
 
     Returns:
-        Percentage, 0 for the baseline itself.
+        Percentage: 0 for the baseline itself, positive for a gain.
     """
     return 100 * ((baseline_mce - mce) + (baseline_clean_error - clean_error)) / (2 * baseline_clean_error)
+
+
+def words_of(corruption: str) -> str:
+    """Return the name of a corruption as figures and tables show it.
+
+    Args:
+        corruption: Name of the corruption, such as ``'jpeg_compression'``.
+
+    Returns:
+        Name without underscores, such as ``'JPEG'``.
+    """
+    return {'jpeg_compression': 'JPEG', 'elastic_transform': 'elastic'}.get(corruption, corruption.replace('_', ' '))
 
 
 def _test_errors(corruption_errors: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,117 @@
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_pushpull import load_model, open_dataset
+from timm_pushpull.robustness.inputs import load_models
+
+SMALL = dict(num_classes=3)
+
+
+def write_images(folder):
+    """Write one image of each of two classes."""
+    for label in ('0', '1'):
+        (folder / label).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(folder / label / 'image.png')
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Weights of a plain network, which have no alpha."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model('pp_resnet18', push_pull=False, **SMALL).state_dict(), tmp_path / 'plain.pth')
+    return tmp_path / 'plain.pth'
+
+
+@pytest.mark.parametrize('kind', [str, lambda path: path])
+def test_a_split_is_found_by_its_name_or_a_synonym(tmp_path, kind):
+    write_images(tmp_path / 'train')
+    write_images(tmp_path / 'val')
+    for split, folder in (('validation', 'val'), ('train', 'train')):
+        assert open_dataset(kind(tmp_path), split=split).reader.root == str(tmp_path / folder)
+    with pytest.raises(ValueError, match=f'split must be a folder in data_dir, there is no test in {tmp_path}'):
+        open_dataset(kind(tmp_path), split='test')
+
+
+@pytest.mark.parametrize('training', ['train', 'training'])
+def test_training_images_do_not_replace_a_missing_split(tmp_path, training):
+    write_images(tmp_path / training)
+    with pytest.raises(ValueError, match='split must be a folder in data_dir, there is no validation in'):
+        open_dataset(tmp_path)
+    assert len(open_dataset(tmp_path / training)) == 2  # without splits, the folder is the dataset
+
+
+def test_a_missing_dataset_is_refused(tmp_path):
+    for data_dir in (tmp_path / 'missing', None):
+        with pytest.raises(ValueError, match=f'data_dir must be a folder of images, {data_dir} is not one'):
+            open_dataset(data_dir)
+    with pytest.raises(
+        ValueError, match='class_map must be a file of class names or one of imagenet_100, imagenet_200'
+    ):
+        open_dataset(tmp_path, class_map='missing')
+    with pytest.raises(ValueError, match=f'images in {tmp_path}: Found 0 images'):
+        open_dataset(tmp_path)
+    with pytest.raises(ValueError, match=f'torch/nonsense in {tmp_path}: Unknown torchvision dataset nonsense'):
+        open_dataset(tmp_path, 'torch/nonsense')
+
+
+def test_a_random_alpha_is_refused(checkpoint):
+    with pytest.raises(ValueError, match='plain.pth holds no alpha, and pp_resnet18 would keep a random one: give'):
+        load_model('pp_resnet18', checkpoint, **SMALL)
+    weights = torch.load(checkpoint)
+    for settings in (dict(alpha=0.5), dict(alpha=0.5, trainable_alpha=False), dict(push_pull=False)):
+        model = load_model('pp_resnet18', checkpoint, **SMALL, **settings)
+        assert torch.equal(model.conv1.weight, weights['conv1.weight'])
+        if 'alpha' in settings:
+            assert torch.as_tensor(model.conv1.alpha).unique().item() == 0.5
+
+
+def test_the_alpha_of_a_checkpoint_is_loaded(tmp_path):
+    model = timm.create_model('pp_resnet18', **SMALL)
+    torch.save(model.state_dict(), tmp_path / 'pp.pth')
+    assert torch.equal(load_model('pp_resnet18', tmp_path / 'pp.pth', **SMALL).conv1.alpha, model.conv1.alpha)
+
+
+def test_the_ema_weights_are_loaded_on_demand(tmp_path, checkpoint):
+    plain = torch.load(checkpoint)
+    averaged = {**plain, 'fc.bias': plain['fc.bias'] + 1}
+    torch.save({'state_dict': plain, 'state_dict_ema': averaged}, tmp_path / 'both.pth')
+    for use_ema, weights in ((False, plain), (True, averaged)):
+        model = load_model('pp_resnet18', tmp_path / 'both.pth', use_ema, push_pull=False, **SMALL)
+        assert torch.equal(model.fc.bias, weights['fc.bias'])
+
+
+@pytest.mark.parametrize(
+    'name, options, message',
+    [
+        ('pp_resnet18', dict(checkpoint='missing.pth'), 'checkpoint must be a file, missing.pth is not one'),
+        ('no_network', {}, 'no_network: Unknown model'),
+        ('pp_resnet18_cifar', {}, 'pp_resnet18_cifar: there are no pretrained weights, give a checkpoint'),
+        ('test_resnet', dict(alpha=2), "test_resnet: .*unexpected keyword argument 'alpha'"),
+        ('pp_resnet18', dict(checkpoint='', num_classes=4), 'pp_resnet18: .*size mismatch .*Give the num_classes and'),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_refused(name, options, message, checkpoint):
+    if options.get('checkpoint') == '':
+        options = {**options, 'checkpoint': checkpoint}
+    with pytest.raises(ValueError, match=message):
+        load_model(name, **options)
+
+
+def test_labels_of_models(tmp_path, checkpoint, monkeypatch):
+    options = dict(push_pull=False, **SMALL)
+    names = ['pp_resnet18', 'first=pp_resnet18', 'pp@2=pp_resnet18']
+    assert list(load_models(names, [checkpoint] * 3, **options)) == ['pp_resnet18', 'first', 'pp@2']
+    for twice in (['pp_resnet18'] * 2, ['a=pp_resnet18', 'a=pp_resnet34']):
+        with pytest.raises(ValueError, match='is given twice: give its models different labels, LABEL=pp_resnet'):
+            load_models(twice, [checkpoint] * 2, **options)
+    with pytest.raises(ValueError, match='checkpoint must name one file for each of the 2 models, got 1'):
+        load_models(['pp_resnet18', 'a=pp_resnet18'], [checkpoint], **options)
+    # A path may hold an equals sign.
+    torch.manual_seed(0)
+    timm.models.save_for_hf(
+        timm.create_model('pp_resnet18', **SMALL), str(tmp_path / 'tag=1'), model_args=SMALL, safe_serialization=True
+    )
+    name = f'local-dir:{tmp_path}/tag=1'
+    assert list(load_models([name, f'label={name}'])) == [name, 'label']

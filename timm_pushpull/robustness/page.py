@@ -1,0 +1,326 @@
+"""HTML of a report: tables, figures and notes."""
+
+import base64
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .examples import ExampleImage
+from .metrics import COMPARISONS, MEANS, words_of
+from .runs import MEASURES
+from .summary import baseline_row, columns_of, not_compared, view_differences
+
+__all__ = [
+    'baseline_differences',
+    'corruption_table',
+    'document',
+    'example_strips',
+    'figure',
+    'lower_left_note',
+    'measures_table',
+    'pair_differences',
+    'protocol_sentence',
+    'protocol_table',
+    'runs_table',
+    'table',
+]
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 46rem; margin: 0 auto;
+       padding: 0 1rem 3rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 1.5rem 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+p, figcaption, dd { max-width: 42rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem .3rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #ddd; }
+th { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
+td small { display: block; color: #555; white-space: nowrap; }
+figure { margin: 1.5rem 0; }
+figure img { width: 100%; max-width: 36rem; height: auto; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem; margin: 1rem 0; }
+.strip div { font-size: .85rem; line-height: 1.3; }
+.strip img { width: 100%; height: auto; display: block; image-rendering: pixelated; margin-bottom: .2rem; }
+.right { color: #00664a; } .wrong { color: #a33c00; }
+dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
+.protocol { font-size: .85rem; } .protocol td { text-align: left; overflow-wrap: anywhere; }
+@media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding-right: .45rem; }
+                            td small { white-space: normal; } }
+@media print { body { max-width: none; font-size: 10pt; } figure, .strip div { break-inside: avoid; }
+               figure img { max-width: 11cm; } h2 { break-after: avoid; }
+               .strip { grid-template-columns: repeat(6, 1fr); } }
+"""
+
+
+def document(sections: Iterable[str]) -> str:
+    """Return the whole page.
+
+    Args:
+        sections: HTML of its parts.
+
+    Returns:
+        HTML document that needs no other file.
+    """
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Robustness to corruptions</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f'<body>\n<h1>Robustness to corruptions</h1>\n{"".join(sections)}</body></html>\n'
+    )
+
+
+def figure(png: bytes, caption: str) -> str:
+    """Return a figure with its caption.
+
+    Args:
+        png: PNG file.
+        caption: Text, which is also the alternative text of the image.
+
+    Returns:
+        HTML.
+    """
+    return f'<figure>{_image(png, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def _image(png: bytes, words: str) -> str:
+    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], measures: Sequence[str]) -> str:
+    """Return a table with one line for each row.
+
+    Args:
+        rows: Rows of a summary, or rows with the same columns.
+        labels: Columns without an interval, which come first.
+        measures: Measures with an interval. A measure that no row has is left out.
+
+    Returns:
+        HTML.
+    """
+    measures = _known(rows, measures)
+    head = ''.join(f'<th>{name.replace("_", " ")}</th>' for name in (*labels, *measures))
+    lines = [f'<tr>{head}</tr>']
+    for row in rows:
+        cells = [html.escape(str(row[label])) for label in labels] + [_with_interval(row, name) for name in measures]
+        lines.append(f'<tr>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _known(rows: Sequence[Mapping[str, Any]], measures: Iterable[str]) -> list[str]:
+    return [name for name in measures if any(row[name] != '' for row in rows)]
+
+
+def _with_interval(row: Mapping[str, Any], measure: str) -> str:
+    if row.get(measure, '') == '':
+        return '–'
+    value, low, high = (row[column] for column in columns_of(measure))
+    interval = '' if '' in (low, high) else f'{_tenths(low)} to {_tenths(high)}'
+    return f'{_tenths(value)}<small>{interval}</small>'
+
+
+def _tenths(number: float) -> str:
+    return f'{round(number, 1) + 0.0:.1f}'  # 0.0 for -0.0
+
+
+def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of E and the means, with notes and the definition of each mean.
+
+    Args:
+        rows: Rows of a summary.
+
+    Returns:
+        HTML.
+    """
+    definitions = ''.join(
+        f'<dt>{mean.replace("_", " ")}</dt><dd>{html.escape(MEANS[mean])}</dd>' for mean in _known(rows, MEANS)
+    )
+    notes = [f'Means over severities {severities}.'] if (severities := rows[0]['severities']) else []
+    if any(row['plain_mCE'] == '' for row in rows):
+        notes.append('A mean over corruptions needs all 15 corruptions at all these severities.')
+    if views := view_differences(rows):
+        notes.append(f'<b>{html.escape(views)}</b>')
+    if baseline := next((row['baseline'] for row in rows if row['baseline']), ''):
+        notes.append(f'Baseline: {html.escape(baseline)}. {html.escape(not_compared(rows))}'.rstrip())
+    if unreadable := sum(row['unreadable'] for row in rows):
+        notes.append(f'{unreadable} predictions are missing: their images could not be read.')
+    return f'{table(rows, ["model"], list(MEANS))}<p>{" ".join(notes)}</p><dl>{definitions}</dl>'
+
+
+def runs_table(means: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of means over training runs.
+
+    Args:
+        means: What :func:`~timm_pushpull.robustness.runs.means_over_runs` returns.
+        rows: Rows of the summary.
+
+    Returns:
+        HTML.
+    """
+    # Comparisons with a single run of the baseline would depend on the luck of that run.
+    comparisons = COMPARISONS if baseline_row(rows) is None else ()
+    note = 'Mean of the runs, with the lowest and the highest run. Of a kind of corruption: mean CE.'
+    if any(row['R_net'] != '' for row in means) and comparisons:
+        baseline = html.escape(rows[0]['baseline'])
+        note += f' Relative mCE and R net compare each run with the run of {baseline} with the same text after the @.'
+    return f'{table(means, ["model", "runs"], [*MEASURES, *comparisons])}<p>{note}</p>'
+
+
+INTERVAL_NOTE = (
+    "The interval is Welch's 95% interval for the difference of two means over training runs, on these images. An "
+    'interval that holds 0 does not tell which mean is larger. About one interval in 20 misses the difference that '
+    'more runs would give.'
+)
+
+
+def baseline_differences(differences: Sequence[Mapping[str, Any]], baseline: str) -> str:
+    """Return the table of differences from the baseline.
+
+    Args:
+        differences: What :func:`~timm_pushpull.robustness.runs.less_baseline` returns.
+        baseline: Name of the baseline.
+
+    Returns:
+        HTML.
+    """
+    note = (
+        f'Points: the mean over the training runs of a model less the mean over those of {html.escape(baseline)}. '
+        f'Models with a single run are left out. {INTERVAL_NOTE}'
+    )
+    return f'{table(differences, ["model", "runs", "of baseline"], MEASURES)}<p>{note}</p>'
+
+
+def pair_differences(differences: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of differences of pairs.
+
+    Args:
+        differences: What :func:`~timm_pushpull.robustness.runs.difference_of_means` returns for each pair, with its
+            names as ``pair`` and its numbers of training runs as ``runs of both``.
+
+    Returns:
+        HTML.
+    """
+    note = (
+        'Points: the mean over the training runs of the second model less the mean over those of the first. A single '
+        f'run has no interval. {INTERVAL_NOTE}'
+    )
+    return f'{table(differences, ["pair", "runs of both"], MEASURES)}<p>{note}</p>'
+
+
+def lower_left_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return how to read a plot of plain mCE against the clean error.
+
+    Args:
+        rows: Rows of the plot.
+
+    Returns:
+        Text.
+    """
+    words = 'lower and further left is better.'
+    if baseline_row(rows) is not None:
+        words += (
+            ' On the line, the gain on corrupted images against the baseline equals the loss on clean images '
+            '(R_net = 0); below the line the gain is larger.'
+        )
+    elif rows and not rows[0]['baseline']:
+        words += ' With a baseline the plot would show the line on which gain and loss are equal.'
+    return words
+
+
+def corruption_table(rows: Sequence[Mapping[str, Any]], corruptions: Sequence[str]) -> str:
+    """Return the table of CE by corruption and model.
+
+    Args:
+        rows: Rows of a summary.
+        corruptions: Names of the corruptions.
+
+    Returns:
+        HTML.
+    """
+    head = ''.join(f'<th>{html.escape(row["model"])}</th>' for row in rows)
+    lines = [f'<tr><th>CE, %</th>{head}</tr>']
+    for name in corruptions:
+        cells = ''.join(f'<td>{_with_interval(row, f"CE_{name}")}</td>' for row in rows)
+        lines.append(f'<tr><td>{words_of(name)}</td>{cells}</tr>')
+    note = f'Means over severities {rows[0]["severities"]}; – where a model did not see all of them.' if rows else ''
+    return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
+
+
+def example_strips(examples: Sequence[ExampleImage], name_models: bool) -> str:
+    """Return images as a model saw them, with the predictions of the models.
+
+    Args:
+        examples: The images.
+        name_models: Put the name of the model before its prediction.
+
+    Returns:
+        HTML.
+    """
+    strips = []
+    for image in examples:
+        tiles = []
+        for view in image.views:
+            lines = [f'<b>{view.title}</b>']
+            for model, label, correct in view.predictions:
+                words = html.escape(f'{"✓" if correct else "✗"}\u00a0{label}')
+                prefix = f'{html.escape(model)}: ' if name_models else ''
+                lines.append(f'{prefix}<span class="{"right" if correct else "wrong"}">{words}</span>')
+            tiles.append(f'<div>{_image(view.path.read_bytes(), view.title)}{"<br>".join(lines)}</div>')
+        title = html.escape(f'{image.label}: {image.name}')
+        strips.append(f'<p>{title}</p><div class="strip">{"".join(tiles)}</div>')
+    return '\n'.join(strips)
+
+
+def protocol_sentence(protocol: Mapping[str, Any]) -> str:
+    """Return the main facts of a protocol.
+
+    Args:
+        protocol: Content of ``protocol.json``.
+
+    Returns:
+        HTML.
+    """
+    data, corruptions = protocol['data'], protocol['corruptions']
+    if 'generated_by' in corruptions:
+        source = f'generated by {corruptions["generated_by"]}, seed {corruptions["seed"]}, on the cropped image'
+    else:
+        source = f'stored ({corruptions["stored_as"]})'
+    return html.escape(
+        f'{data["images"]:,} images of {data["classes"]:,} classes; corruptions {source}. '
+        'Intervals: the middle 95% of 1,000 resamples of the images.'
+    )
+
+
+def protocol_table(protocol: Mapping[str, Any]) -> str:
+    """Return the whole protocol: the fields that all models share, then one column for each model.
+
+    Args:
+        protocol: Content of ``protocol.json``.
+
+    Returns:
+        HTML.
+    """
+    shared = _flat({key: value for key, value in protocol.items() if key != 'models'})
+    models = {name: _flat(details) for name, details in protocol['models'].items()}
+    fields = dict.fromkeys(field for details in models.values() for field in details)
+    columns = [['', *models], *([field, *(details.get(field, '–') for details in models.values())] for field in fields)]
+    wide = f'<div class="wide">{_plain_table(columns)}</div>'
+    return f'<div class="protocol">{_plain_table(shared.items())}<p></p>{wide}</div>'
+
+
+def _flat(value: Any, field: str = '') -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {field: value}
+    return {name: leaf for key in value for name, leaf in _flat(value[key], f'{field} {key}'.strip()).items()}
+
+
+def _plain_table(lines: Iterable[Sequence[Any]]) -> str:
+    rows = (''.join(f'<td>{html.escape(_short(cell))}</td>' for cell in line) for line in lines)
+    return f'<table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'
+
+
+def _short(cell: Any) -> str:
+    """Cut a hash to its first digits; protocol.json has all of them."""
+    text = str(cell)
+    return text[:12] if re.fullmatch('[0-9a-f]{64}', text) else text

@@ -1,0 +1,424 @@
+"""Statistics of a results folder: ``errors.csv`` and ``summary.csv``, both made from the predictions.
+
+- ``errors.csv``: number of images and of errors by model, corruption and severity.
+- ``summary.csv``: one row for each model, with E, CE of each corruption and the means, each with its 95% interval.
+  :func:`summarize` and :func:`read_summary` return such rows as dictionaries, by column.
+"""
+
+import csv
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .metrics import (
+    CLEAN,
+    COMPARISONS,
+    MEANS,
+    SEVERITIES,
+    TEST_CORRUPTIONS,
+    corruption_error,
+    net_error_reduction,
+    normalized_mce,
+    plain_mce,
+    relative_mce,
+)
+from .store import (
+    TOP,
+    UNREADABLE,
+    Predictions,
+    read_csv,
+    read_predictions,
+    read_protocol,
+    readable_ranks,
+    write_csv,
+)
+
+__all__ = [
+    'baseline_of',
+    'baseline_row',
+    'check_baseline',
+    'columns_of',
+    'compare',
+    'measures_of',
+    'model_of',
+    'not_compared',
+    'read_baseline',
+    'read_summary',
+    'summarize',
+    'view_differences',
+    'write_errors',
+    'write_summary',
+]
+
+RESAMPLES = 1000
+ENDS = ('_low', '_high')  # of an interval
+TEXT_COLUMNS = ('model', 'interpolation', 'severities', 'baseline')
+
+
+def columns_of(measure: str) -> tuple[str, str, str]:
+    """Name the columns of a row that hold a measure.
+
+    Args:
+        measure: ``'E'``, ``'CE_...'`` or a mean.
+
+    Returns:
+        Columns of the value and of the low and the high end of its interval.
+    """
+    low, high = ENDS
+    return measure, f'{measure}{low}', f'{measure}{high}'
+
+
+def measures_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the measures in the columns of some rows.
+
+    Args:
+        rows: Rows of a summary.
+
+    Returns:
+        E, CE of each corruption, then the means.
+    """
+    columns = dict.fromkeys(column for row in rows for column in row)
+    errors = [column for column in columns if column.startswith('CE_') and not column.endswith(ENDS)]
+    return ['E', *errors, *(mean for mean in MEANS if mean != 'E')]
+
+
+def model_of(name: str) -> str:
+    """Name the model of a training run.
+
+    Args:
+        name: ``MODEL@RUN`` for one of several training runs, otherwise ``MODEL``.
+
+    Returns:
+        ``MODEL``.
+    """
+    return name.rpartition('@')[0] or name
+
+
+def check_baseline(baseline: str | None, models: Collection[str]) -> None:
+    """Refuse a baseline without results.
+
+    Args:
+        baseline: Name of a model or, for training runs, the name before the ``@``; None for no baseline.
+        models: Names of the models with results.
+
+    Raises:
+        ValueError: If the baseline is not among these names.
+    """
+    names = dict.fromkeys([*models, *map(model_of, models)])
+    if baseline is not None and baseline not in names:
+        raise ValueError(f'baseline must be one of the models {", ".join(names)}, got {baseline!r}.')
+
+
+def baseline_of(model: str, baseline: str | None, models: Collection[str]) -> str | None:
+    """Find the results with which a model is compared.
+
+    Args:
+        model: Name of the model.
+        baseline: Name of a model, or the name before the ``@`` of training runs. A run is then compared with the run
+            of the baseline that has the same text after the ``@``.
+        models: Names of the models with results.
+
+    Returns:
+        One of the models, None if there is no baseline for this model.
+    """
+    if baseline is None or baseline in models:
+        return baseline
+    same_run = _same_run(baseline, model)
+    return same_run if same_run in models else None
+
+
+def baseline_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Find the row of the baseline.
+
+    Args:
+        rows: Rows of a summary, or of its means over training runs.
+
+    Returns:
+        The row; None if there is no baseline, or if its training runs have a row each.
+    """
+    return next((row for row in rows if row['model'] == row['baseline']), None)
+
+
+def _same_run(baseline: str, model: str) -> str:
+    return baseline + model.removeprefix(model_of(model))
+
+
+def write_errors(folder: str | os.PathLike[str]) -> None:
+    """Write ``errors.csv`` from the predictions.
+
+    Args:
+        folder: Results folder.
+    """
+    rows = []
+    for name, passes in sorted(read_predictions(folder).items()):
+        for (corruption, severity), predictions in sorted(passes.items()):
+            ranks = readable_ranks(predictions)
+            row = {'model': name, 'corruption': corruption, 'severity': severity, 'images': len(ranks)}
+            rows.append({**row, 'errors': int((ranks != 0).sum()), 'unreadable': len(predictions) - len(ranks)})
+    write_csv(Path(folder) / 'errors.csv', rows)
+
+
+def write_summary(folder: str | os.PathLike[str], baseline: str | None = None) -> list[dict[str, Any]]:
+    """Write ``summary.csv`` from the predictions.
+
+    Args:
+        folder: Results folder.
+        baseline: Baseline of relative mCE and R_net, see :func:`baseline_of`; None for the baseline of the present
+            ``summary.csv``, if there is one.
+
+    Returns:
+        Its rows, see :func:`summarize`.
+
+    Raises:
+        ValueError: If the baseline is not among the models.
+    """
+    rows = summarize(read_protocol(folder), read_predictions(folder), baseline or read_baseline(folder))
+    write_csv(Path(folder) / 'summary.csv', rows)
+    return rows
+
+
+def read_baseline(folder: str | os.PathLike[str]) -> str | None:
+    """Read the baseline of ``summary.csv``.
+
+    Args:
+        folder: Results folder.
+
+    Returns:
+        Name of the baseline, None if there is no baseline or no such file.
+    """
+    path = Path(folder) / 'summary.csv'
+    rows = read_csv(path) if path.exists() else []
+    return rows[0]['baseline'] or None if rows else None
+
+
+def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a ``summary.csv``, or a table with rows of several.
+
+    Args:
+        path: CSV file.
+
+    Returns:
+        Its rows, see :func:`summarize`.
+
+    Raises:
+        ValueError: If the file is not such a table, or names a model twice.
+    """
+    try:
+        rows = [{name: _parse(name, text) for name, text in row.items()} for row in read_csv(path)]
+    except (AttributeError, ValueError, csv.Error):  # a row with too few or too many cells, no text, no table
+        rows = []
+    columns = {column for measure in measures_of(rows) for column in columns_of(measure)}
+    columns |= {*TEXT_COLUMNS, 'img_size', 'crop_pct', 'unreadable'}
+    if not rows or not columns <= rows[0].keys():
+        raise ValueError(f'{path} is not a summary.csv of timm-pushpull robustness.')
+    models = [row['model'] for row in rows]
+    if twice := next((model for model in models if models.count(model) > 1), None):
+        raise ValueError(f'{path} names {twice} twice: delete or rename one of its rows.')
+    return rows
+
+
+def _parse(column: str, text: str) -> Any:
+    if column in TEXT_COLUMNS or text == '':
+        return text
+    return int(text) if text.isdecimal() else float(text)
+
+
+def summarize(
+    protocol: Mapping[str, Any], predictions: Predictions, baseline: str | None = None
+) -> list[dict[str, Any]]:
+    """Compute the measures of each model from its predictions.
+
+    An interval spans the middle 95% of the values over 1,000 resamples of the images; all models share the resamples.
+    Unreadable images count neither as images nor as errors. CE is the mean error over all severities in the
+    predictions. A model has no CE for a corruption that it has not seen at all these severities, as after an
+    interruption.
+
+    Args:
+        protocol: Protocol of the predictions, see :func:`~timm_pushpull.robustness.store.read_protocol`.
+        predictions: Predictions, see :func:`~timm_pushpull.robustness.store.read_predictions`.
+        baseline: Baseline of relative mCE and R_net, see :func:`baseline_of`.
+
+    Returns:
+        One row for each model with predictions: the columns of timm's result tables, the number of predictions missing
+        for unreadable images, then E, CE and means in percent, with ``_low`` and ``_high`` for the ends of their
+        intervals. '' stands for a value that lacks images, corruptions, classes or a baseline.
+
+    Raises:
+        ValueError: If the baseline is not among the models.
+    """
+    check_baseline(baseline, protocol['models'])
+    predictions = {name: passes for name, passes in predictions.items() if passes}
+    rates = _error_rates(predictions, protocol['data']['images'])
+    severities = sorted({severity for passes in predictions.values() for _, severity in passes if severity})
+    rows = []
+    for name, passes in predictions.items():
+        details = protocol['models'][name]
+        row: dict[str, Any] = {'model': name, 'img_size': details['input_size'][-1]}
+        row.update(_accuracy(passes.get((CLEAN, 0))))
+        row.update({key: details[key] for key in ('param_count', 'crop_pct', 'interpolation')})
+        row['unreadable'] = sum(int((array['rank'] == UNREADABLE).sum()) for array in passes.values())
+        row['severities'] = ' '.join(map(str, severities))
+        row['baseline'] = baseline or ''
+        with np.errstate(divide='ignore', invalid='ignore'):
+            baseline_rates = rates.get(baseline_of(name, baseline, protocol['models']) or '')
+            measures = _measures(rates[name], baseline_rates, severities, protocol['data']['imagenet_1k'])
+        for measure, values in measures.items():
+            numbers = [None] * 3 if values is None else [values[0], *_interval(values[1:])]
+            row.update(zip(columns_of(measure), map(_rounded, numbers), strict=True))
+        rows.append(row)
+    return rows
+
+
+def compare(rows: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """Compare the rows of a summary with a baseline.
+
+    Relative mCE and R_net have no intervals here: intervals need the predictions.
+
+    Args:
+        rows: Rows of a summary.
+        baseline: Baseline of relative mCE and R_net, see :func:`baseline_of`.
+
+    Returns:
+        The rows with their relative mCE and R_net.
+
+    Raises:
+        ValueError: If the baseline is not among the models.
+    """
+    models = {row['model']: row for row in rows}
+    check_baseline(baseline, models)
+    needed = ('E', *(f'CE_{name}' for name in TEST_CORRUPTIONS))
+    compared = []
+    for row in rows:
+        baseline_row = models.get(baseline_of(row['model'], baseline, models) or '')
+        numbers: dict[str, Any] = {column: '' for measure in COMPARISONS for column in columns_of(measure)}
+        if baseline_row and all(other.get(name, '') != '' for other in (row, baseline_row) for name in needed):
+            with np.errstate(divide='ignore', invalid='ignore'):
+                values = _comparisons(*_fractions(row), *_fractions(baseline_row))
+            numbers |= {measure: _rounded(value) for measure, value in values.items()}
+        compared.append({**row, **numbers, 'baseline': baseline})
+    return compared
+
+
+def _fractions(row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return E and CE of a row, in [0, 1]."""
+    return np.float64(row['E']) / 100, {name: np.float64(row[f'CE_{name}']) / 100 for name in TEST_CORRUPTIONS}
+
+
+def view_differences(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say how the models see the images, if they do not all see them in the same way.
+
+    Args:
+        rows: Rows of a summary.
+
+    Returns:
+        A sentence with sizes, crops and interpolations, or ''.
+    """
+    views = {f'{row["img_size"]} pixels, crop {row["crop_pct"]}, {row["interpolation"]}' for row in rows}
+    return f'The models see the images in different ways: {"; ".join(sorted(views))}.' if len(views) > 1 else ''
+
+
+def not_compared(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say which models have no baseline to be compared with.
+
+    Args:
+        rows: Rows of a summary.
+
+    Returns:
+        A sentence with their names and the names of the missing runs, or ''.
+    """
+    models = [row['model'] for row in rows]
+    baseline = rows[0]['baseline'] if rows else ''
+    alone = [model for model in models if baseline and not baseline_of(model, baseline, models)]
+    missing = ', '.join(f'{model} (no {_same_run(baseline, model)})' for model in alone)
+    return f'Without {" and ".join(COMPARISONS)}: {missing}.' if missing else ''
+
+
+def _interval(resampled: np.ndarray) -> np.ndarray:
+    # A ratio to a baseline without errors is infinite; such a resample counts as the worst.
+    return np.percentile(np.nan_to_num(resampled, nan=np.inf, posinf=np.inf), (2.5, 97.5), method='nearest')
+
+
+def _rounded(number: float | None) -> float | str:
+    """Round to three decimals; '' for None and for an infinite number."""
+    return '' if number is None or not np.isfinite(number) else round(float(number), 3)
+
+
+class _Rates(NamedTuple):
+    """Error rates of one model: arrays with the rate on the images, then the rate on each resample."""
+
+    clean: Any
+    corrupted: dict[str, dict[int, Any]]
+
+    def corruption_errors(self, severities: Collection[int]) -> dict[str, Any]:
+        """Compute CE of the corruptions with results at all of these severities."""
+        return {
+            name: corruption_error(errors)
+            for name, errors in self.corrupted.items()
+            if errors.keys() == set(severities)
+        }
+
+
+def _error_rates(predictions: Predictions, images: int) -> dict[str, _Rates]:
+    ranks = [(name, *key, array['rank']) for name, passes in predictions.items() for key, array in passes.items()]
+    if not ranks:
+        return {}
+    wrong = np.stack([(rank != 0) & (rank != UNREADABLE) for *_, rank in ranks], 1).astype(np.float32)
+    readable = np.stack([rank != UNREADABLE for *_, rank in ranks], 1).astype(np.float32)
+    generator = np.random.default_rng(0)
+    draws = [np.arange(images)[None]]
+    draws += [generator.integers(images, size=(RESAMPLES // 20, images)) for _ in range(20)]
+    rates = np.concatenate([_resampled_rates(draw, wrong, readable) for draw in draws])
+    by_model = {name: _Rates(None, {}) for name in predictions}
+    for (name, corruption, severity, _), rate in zip(ranks, rates.T, strict=True):
+        if corruption == CLEAN:
+            by_model[name] = by_model[name]._replace(clean=rate)
+        else:
+            by_model[name].corrupted.setdefault(corruption, {})[severity] = rate
+    return by_model
+
+
+def _resampled_rates(draws: np.ndarray, wrong: np.ndarray, readable: np.ndarray) -> np.ndarray:
+    counts = np.stack([np.bincount(draw, minlength=draws.shape[1]) for draw in draws]).astype(np.float32)
+    return np.divide(counts @ wrong, counts @ readable, dtype=np.float64)
+
+
+def _accuracy(clean: np.ndarray | None) -> dict[str, Any]:
+    columns = ('top1', 'top1_err', 'top5', 'top5_err')
+    if clean is None:
+        return dict.fromkeys(columns, '')
+    ranks = readable_ranks(clean)
+    top1, top5 = 100 * np.mean(ranks == 0), 100 * np.mean(ranks < TOP)
+    return dict(zip(columns, map(_rounded, (top1, 100 - top1, top5, 100 - top5)), strict=True))
+
+
+def _measures(rates: _Rates, baseline: _Rates | None, severities: Sequence[int], imagenet: bool) -> dict[str, Any]:
+    errors = rates.corruption_errors(severities)
+    complete = errors.keys() >= set(TEST_CORRUPTIONS)
+    measures: dict[str, Any] = {'E': None if rates.clean is None else 100 * rates.clean}
+    measures.update({f'CE_{name}': 100 * errors[name] for name in sorted(errors, key=_table_order)})
+    measures['plain_mCE'] = 100 * plain_mce(errors) if complete else None
+    # AlexNet's errors are means over the five severities.
+    normalize = complete and imagenet and tuple(severities) == SEVERITIES
+    measures['alexnet_normalized_mCE'] = 100 * normalized_mce(errors) if normalize else None
+    measures.update(dict.fromkeys(COMPARISONS))
+    if complete and baseline is not None and rates.clean is not None and baseline.clean is not None:
+        baseline_errors = baseline.corruption_errors(severities)
+        if baseline_errors.keys() >= set(TEST_CORRUPTIONS):
+            measures.update(_comparisons(rates.clean, errors, baseline.clean, baseline_errors))
+    return measures
+
+
+def _comparisons(
+    clean: Any, errors: Mapping[str, Any], baseline_clean: Any, baseline_errors: Mapping[str, Any]
+) -> dict[str, Any]:
+    relative = 100 * relative_mce(clean, errors, baseline_clean, baseline_errors)
+    net = net_error_reduction(clean, plain_mce(errors), baseline_clean, plain_mce(baseline_errors))
+    return dict(zip(COMPARISONS, (relative, net), strict=True))
+
+
+def _table_order(corruption: str) -> tuple[int, str]:
+    order = TEST_CORRUPTIONS.index(corruption) if corruption in TEST_CORRUPTIONS else len(TEST_CORRUPTIONS)
+    return order, corruption
