@@ -1,4 +1,4 @@
-"""How accurate a version of the push-pull convolution is, beside the equation in the same precision."""
+"""How accurate a fast push-pull convolution is, compared with the reference in the same precision."""
 
 import pytest
 import torch
@@ -6,29 +6,29 @@ import torch.nn.functional as F
 
 from timm_pushpull import push_pull_conv2d
 
-# in_chans, out_chans, kernel, stride, padding, dilation, groups, size of the images. Of so many output channels that
-# the error of alpha, which has one number for each, is not left to chance.
+# in_chans, out_chans, kernel, stride, padding, dilation, groups, size of the images. Enough output channels to average
+# the error of alpha, which has one number for each.
 GEOMETRIES = {
     'imagenet': (3, 16, (7, 7), (2, 2), (3, 3), (1, 1), 1, (19, 15)),
     'cifar': (3, 20, (3, 3), (1, 1), (1, 1), (1, 1), 1, (13, 11)),
     'groups': (4, 16, (3, 5), (1, 2), (2, 1), (2, 1), 2, (19, 15)),
     'depthwise': (24, 24, (3, 3), (2, 2), (0, 1), (1, 2), 24, (19, 15)),
-    'line': (2, 16, (1, 9), (1, 1), (0, 0), (1, 1), 1, (19, 9)),  # of one column
+    'line': (2, 16, (1, 9), (1, 1), (0, 0), (1, 1), 1, (19, 9)),  # one column of output
 }
 
-FLOOR = {0: 5e-7, 20: 4e-6}  # by offset, for float32: a few roundings are no loss
+FLOOR = {0: 5e-7, 20: 4e-6}  # by offset, for float32: a few roundings
 
 
 def draw(geometry, window, offset, images, memory_format):
     """Draw images, weights, alpha and the gradient of the response.
 
-    The gradient is zero where P or Q is within rounding of zero: a response on the other side of it is no less
-    accurate, and a few of them would decide.
+    The gradient is zero where P or Q is close to zero. There rounding may change the sign of a response, which is no
+    loss of accuracy, but a few such gradients would decide the comparison.
     """
     in_chans, out_chans, kernel, *geometry, groups, size = GEOMETRIES[geometry]
     x = torch.randn(images, in_chans, *size) + offset
     weight = torch.randn(out_chans, in_chans // groups, *kernel)
-    if offset:  # a mean of max + min: large responses, whose difference is small
+    if offset:  # makes the mean of W equal to max + min: Q is then a small difference of large numbers
         flat = weight.flatten(1)
         weight += (flat.mean(1) - flat.amax(1) - flat.amin(1)).view(-1, 1, 1, 1)
     push = F.conv2d(x, weight, None, *geometry, groups)
@@ -43,10 +43,10 @@ def draw(geometry, window, offset, images, memory_format):
     return x, weight, torch.rand(out_chans) * 2 - 0.5, gradient
 
 
-def differentiate(
+def output_and_grads(
     implementation, x, weight, alpha, gradient, geometry, window, autocast=None, needs_input=True, **settings
 ):
-    """The output, and the gradients of weight, alpha and, where it is needed, the input."""
+    """Return the output, and the gradients of weight, alpha and, if needed, the input."""
     *_, stride, padding, dilation, groups, _ = GEOMETRIES[geometry]
     inputs = [tensor.detach().clone().requires_grad_() for tensor in (weight, alpha)]
     x = x.detach().clone().requires_grad_(needs_input)
@@ -58,7 +58,7 @@ def differentiate(
 
 
 class Errors:
-    """Errors of two ways over several draws, relative to float64."""
+    """Errors of ours and of the reference over several draws, relative to float64."""
 
     def __init__(self):
         self.ours, self.theirs = [], []
@@ -68,7 +68,7 @@ class Errors:
             errors.append([relative(one, right) for one, right in zip(found, exact, strict=True)])
 
     def check(self, factor=2.0, floor=0.0):
-        """Fail where the root mean square of our errors is larger than so many times theirs."""
+        """Fail if the root mean square of our errors exceeds the reference's, times the factor, and the floor."""
         squares = (torch.tensor(errors).square().mean(0).sqrt().tolist() for errors in (self.ours, self.theirs))
         for name, our, their in zip(('output', 'weight', 'alpha', 'input'), *squares, strict=False):
             if our > max(factor * their, floor):

@@ -13,7 +13,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Negative(nn.Module):
-    """An augmentation of known outcome, which keeps what it saw."""
+    """Inverts images, and keeps its input."""
 
     def forward(self, images):
         self.seen = images
@@ -40,7 +40,7 @@ def augmented(model=None):
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 5e-3)])
-def test_it_augments_pixels_and_gives_them_back_normalized(dtype, tolerance):
+def test_it_augments_pixels_and_normalizes_them_again(dtype, tolerance):
     pixels, normalized = batch(dtype=dtype)
     model, augmentation = augmented()
     output = model(normalized)
@@ -50,7 +50,7 @@ def test_it_augments_pixels_and_gives_them_back_normalized(dtype, tolerance):
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=6 * tolerance)
 
 
-def test_evaluation_knows_nothing_of_it():
+def test_evaluation_mode_does_not_augment():
     model, augmentation = augmented()
     _, normalized = batch()
     assert model.eval()(normalized) is normalized and not hasattr(augmentation, 'seen')
@@ -95,7 +95,7 @@ def test_erased_regions_are_no_mismatch():
 
 
 @pytest.mark.parametrize('settings', [{}, {'push_pull': False}])
-def test_networks_take_it_by_name(settings, tmp_path):
+def test_networks_take_its_name(settings, tmp_path):
     model = timm.create_model('pp_resnet18', num_classes=10, augment='prime', **settings)
     plain = timm.create_model('pp_resnet18', num_classes=10, **settings)
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -128,7 +128,7 @@ def test_compiled_and_under_autocast():
     torch.testing.assert_close(augmentation.seen, pixels, rtol=0, atol=1e-5)
 
 
-def test_export_knows_nothing_of_it():
+def test_export_has_no_augmentation():
     x = torch.randn(2, 3, 32, 32)
     graphs = []
     for settings in ({'augment': 'prime'}, {}):

@@ -1,4 +1,4 @@
-"""Each test runs programs of their own: what they prove happens while torch and timm are being imported."""
+"""Registration with timm. Each test runs its own program, because it happens while torch and timm are imported."""
 
 import os
 import subprocess
@@ -109,7 +109,7 @@ def test_threads_that_import_at_once(statements):
     )
 
 
-# A thread is in the middle of importing timm.models, which it found before the plugin was there.
+# A thread imports timm.models, which it found before the plugin was installed.
 IMPORT_UNDER_WAY = """
 import sys, threading
 sys.path.insert(0, {path!r})
@@ -127,7 +127,7 @@ assert slow_timm.registered_at_once, 'the importing thread did not find the mode
 
 
 def test_import_that_began_before_the_plugin(tmp_path):
-    """The race of two threads, made certain: the import of timm.models is held while the plugin arrives."""
+    """A race of two threads, made certain: the import of timm.models waits until the plugin is there."""
     (tmp_path / 'slow_timm.py').write_text(
         textwrap.dedent("""
             import importlib.abc, importlib.machinery, sys, threading
@@ -251,7 +251,7 @@ def test_an_import_of_timm_that_fails_can_be_tried_again():
 
 
 def test_torch_alone_pays_little():
-    """Not a timing, which would fail on a busy machine: what takes time is importing, and nothing is."""
+    """`import torch` imports nothing more than without the plugin: a time would depend on the machine."""
     program = """
     import os, sys
     os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'
@@ -263,11 +263,18 @@ def test_torch_alone_pays_little():
     assert_runs(program)
 
 
-@pytest.mark.parametrize('name', ['PushPullConv2d', 'PushPullResNet', 'convert_to_push_pull', 'push_pull_conv2d'])
-def test_public_names(name):
-    import timm_pushpull
-
-    assert name in dir(timm_pushpull) and name in timm_pushpull.__all__
-    assert getattr(timm_pushpull, name).__name__ == name
-    with pytest.raises(AttributeError, match='no_such_name'):
-        timm_pushpull.no_such_name  # noqa: B018
+def test_public_names():
+    assert_runs("""
+        import timm_pushpull
+        assert set(timm_pushpull.__all__) < set(dir(timm_pushpull))
+        for name in timm_pushpull.__all__:
+            assert getattr(timm_pushpull, name) is not None
+        from timm_pushpull import PushPullResNet, TEST_CORRUPTIONS, corrupt, plain_mce, pp_resnet18
+        assert isinstance(pp_resnet18(num_classes=2), PushPullResNet) and len(TEST_CORRUPTIONS) == 15
+        try:
+            timm_pushpull.no_such_name
+        except AttributeError as error:
+            assert "no_such_name" in str(error)
+        else:
+            raise AssertionError("no_such_name exists")
+    """)

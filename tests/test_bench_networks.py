@@ -26,7 +26,7 @@ def test_memory_of_the_stem(monkeypatch):
         monkeypatch.setattr(module, 'CHUNK_BYTES', 1 << 20)  # an image
     for row in bench_networks(['resnet18'], 8, 128, 1):
         if row.what == 'stem':
-            # The published formulation holds several maps more; the fast one works in pieces of the batch.
+            # The reference holds several maps more; the fast version works in chunks of the batch.
             limit = 1 if row.use == 'inference' else 1.5
             assert row.memory < limit < row.reference_memory
 
@@ -49,7 +49,7 @@ def test_command(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and tuple(rows[0]) == Comparison._fields
     assert main(['bench', 'networks', '--networks', 'vgg11']) == 2
-    assert 'must be of resnet18, resnet34, ' in capsys.readouterr().err
+    assert 'networks must be among resnet18, resnet34, ' in capsys.readouterr().err
     assert main(['bench', 'networks', '--rounds', '0']) == 2
     assert main(['bench', 'networks', '--device', 'nope']) == 2
 
@@ -68,7 +68,7 @@ def test_command_for_everything(tmp_path, capsys, monkeypatch):
     assert main(['bench', *options, '--output', str(tmp_path / 'bench.csv')]) == 0
     assert asked == [dict(amp=amp, torchcompile=way, **size) for amp in (False, True) for way in (False, True)]
     lines = capsys.readouterr().out.splitlines()
-    titles = [line[:31].rstrip() for line in lines if line.endswith('published  memory')]
+    titles = [line[:31].rstrip() for line in lines if line.endswith('reference  memory')]
     kinds = 'float32, eager', 'float32, compiled', 'bfloat16, eager', 'bfloat16, compiled'
     assert titles == [*kinds, 'float32, eager'] and lines[-1].startswith('PRIME, imagenet')
     assert len((tmp_path / 'bench.csv').read_text().splitlines()) == 6

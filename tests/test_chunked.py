@@ -1,11 +1,11 @@
-"""The fast version against the equation: as accurate in every precision, seen through by everything around it."""
+"""The fast version against the reference: as accurate in every precision, and transparent to autograd and compilers."""
 
 import copy
 import shutil
 
 import pytest
 import torch
-from accuracy import FLOOR, GEOMETRIES, Errors, differentiate, draw
+from accuracy import FLOOR, GEOMETRIES, Errors, output_and_grads, draw
 
 from timm_pushpull import PushPullConv2d, push_pull_conv2d
 from timm_pushpull.ops import chunked, custom_op, push_pull
@@ -34,8 +34,8 @@ def test_as_accurate_as_the_reference(dtype, autocast, geometry, offset, window,
     errors = Errors()
     for _ in range(4):
         drawn = [tensor.to(dtype) for tensor in draw(geometry, window, offset, images, memory_format)]
-        ours, theirs = (differentiate(way, *drawn, geometry, window, autocast) for way in ('fast', 'reference'))
-        errors.add(ours, theirs, differentiate('reference', *map(torch.Tensor.double, drawn), geometry, window))
+        ours, theirs = (output_and_grads(way, *drawn, geometry, window, autocast) for way in ('fast', 'reference'))
+        errors.add(ours, theirs, output_and_grads('reference', *map(torch.Tensor.double, drawn), geometry, window))
     errors.check(floor={torch.float64: 1e-12, torch.float32: FLOOR[offset]}.get(autocast or dtype, 0))
 
 
@@ -43,7 +43,7 @@ def test_as_accurate_as_the_reference(dtype, autocast, geometry, offset, window,
 def test_negated_pull_kernel(geometry):
     drawn = [tensor.double() for tensor in draw(geometry, 3, 0, 3, torch.contiguous_format)]
     ways = ('fast', 'reference')
-    ours, theirs = (differentiate(way, *drawn, geometry, 3, pull_kernel='negated') for way in ways)
+    ours, theirs = (output_and_grads(way, *drawn, geometry, 3, pull_kernel='negated') for way in ways)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -58,7 +58,7 @@ def test_empty_and_single():
 
 
 def test_what_runs_where(monkeypatch):
-    """The fast version, wherever its conditions hold."""
+    """The fast version runs wherever its conditions hold."""
     ran = []
     monkeypatch.setattr(push_pull, 'push_pull_conv2d_operator', lambda *arguments: ran.append('fast') or torch.zeros(1))
     layer, x = PushPullConv2d(3, 8, 3), torch.randn(2, 3, 9, 9)
@@ -79,7 +79,7 @@ def test_what_runs_where(monkeypatch):
         push_pull_conv2d(x, reference.weight, 1.0, implementation='quick')
 
 
-def test_a_mixture_of_precisions_is_refused_as_by_a_convolution():
+def test_mixed_precisions_are_refused_as_by_a_convolution():
     with pytest.raises(RuntimeError, match='type'):
         PushPullConv2d(3, 8, 3)(torch.randn(2, 3, 9, 9).bfloat16())
 
@@ -114,14 +114,14 @@ def test_compiled_it_is_one_node():
     layer, x = PushPullConv2d(3, 8, 3).eval(), torch.randn(2, 3, 9, 9)
     torch.compile(layer, fullgraph=True, backend=backend)(x)
     operators = {str(node.target) for graph in graphs for node in graph.graph.nodes}
-    exporting = hasattr(torch.compiler, 'is_exporting')  # without it, a graph that is compiled may be one for export
+    exporting = hasattr(torch.compiler, 'is_exporting')  # without it, compiling cannot be told from exporting
     assert any('timm_pushpull' in operator for operator in operators) == exporting
     program = torch.export.export(layer, (x,))
     assert not any('timm_pushpull' in str(node.target) for node in program.graph.nodes)
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
-def test_the_operators_keep_their_promises(memory_format):
+def test_the_operators_have_their_schemas_shapes_and_gradients(memory_format):
     x = torch.randn(3, 3, 9, 9).to(memory_format=memory_format).requires_grad_()
     weight = torch.randn(8, 3, 3, 3).to(memory_format=memory_format).requires_grad_()
     c, alpha = torch.randn(8, dtype=torch.double, requires_grad=True), torch.rand(8, requires_grad=True)

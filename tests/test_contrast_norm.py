@@ -1,4 +1,4 @@
-"""Global contrast normalization: light matters less, on every way through the network."""
+"""Global contrast normalization: light matters less, whichever way the network is called."""
 
 import copy
 
@@ -12,7 +12,7 @@ from timm_pushpull.layers.contrast_norm import normalize_contrast
 
 
 def pairs(**settings):
-    """A network with the normalization, the same without it, pictures, and the pictures normalized in float64."""
+    """A network with the normalization, the same without it, images, and the images normalized in float64."""
     model = timm.create_model('pp_resnet18', num_classes=5, contrast_norm=True, **settings).eval()
     plain = timm.create_model('pp_resnet18', num_classes=5, **settings).eval()
     plain.load_state_dict(model.state_dict())
@@ -23,7 +23,7 @@ def pairs(**settings):
 
 
 @pytest.mark.parametrize('settings', [{}, {'push_pull': False}, {'stem_type': 'deep'}, {'stem_type': 'cifar'}], ids=str)
-def test_the_network_sees_normalized_pictures(settings):
+def test_the_network_sees_normalized_images(settings):
     model, plain, x, normalized = pairs(**settings)
     expected = plain(normalized)
     assert not torch.allclose(plain(x), expected, rtol=1e-2)
@@ -35,7 +35,7 @@ def test_the_network_sees_normalized_pictures(settings):
     torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_features_are_of_normalized_pictures():
+def test_features_are_those_of_normalized_images():
     model, plain, x, normalized = pairs()
     wrapped = timm.create_model('pp_resnet18', contrast_norm=True, features_only=True).eval()
     wrapped.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('fc.')})
@@ -45,7 +45,7 @@ def test_features_are_of_normalized_pictures():
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_it_is_light_and_contrast_alone_that_is_lost():
+def test_only_light_and_contrast_are_lost():
     model, _, x, _ = pairs()
     torch.testing.assert_close(model(0.5 * x - 0.2), model(x), rtol=1e-2, atol=1e-2)
     assert not torch.allclose(model(-x), model(x), rtol=1e-2)
@@ -54,7 +54,7 @@ def test_it_is_light_and_contrast_alone_that_is_lost():
     assert model(x).isfinite().all()
 
 
-def test_dark_pictures_come_nearer_to_bright_ones():
+def test_dark_images_come_closer_to_bright_images():
     pixels = torch.rand(4, 3, 64, 48)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     for light in (0.5, 0.25, 0.1):
@@ -64,7 +64,7 @@ def test_dark_pictures_come_nearer_to_bright_ones():
         assert 0.05 < left < 0.35
 
 
-def test_original_are_those_of_the_network_without_it():
+def test_checkpoints_are_those_of_the_network_without_it():
     model, plain, _, _ = pairs()
     assert list(model.state_dict()) == list(plain.state_dict())
 

@@ -12,14 +12,10 @@ from torch import nn
 
 from timm_pushpull import PushPullConv2d, convert_to_push_pull, push_pull_conv2d
 from timm_pushpull.viz import figures
-from timm_pushpull.viz.figures import (
-    combined_spectrum,
-    draw_figures,
-    edge_responses,
-    radial_mean,
-    snr_db,
-)
-from timm_pushpull.layers.push_pull import pull_kernels
+from timm_pushpull.ops.reference import pull_kernels
+from timm_pushpull.viz.figures import draw_figures
+from timm_pushpull.viz.responses import edge_responses, snr_db
+from timm_pushpull.viz.spectra import combined_spectrum, radial_mean
 
 pytest.importorskip('matplotlib')
 
@@ -40,7 +36,7 @@ def read(folder, name):
 
 
 def edge_rows(layer, folder, monkeypatch):
-    """The table of edge.csv by noise and response, without the time that the pictures take."""
+    """The table of edge.csv by noise and response, without the time that the images take."""
     monkeypatch.setattr(figures, '_to_png', lambda figure: b'')
     draw_figures(layer, folder)
     return {(float(row['noise_std']), row['response']): row for row in read(folder, 'edge')}
@@ -190,7 +186,7 @@ def test_snr_of_a_box_by_hand(tmp_path, monkeypatch):
 
 
 def test_snr_in_noise_by_hand(tmp_path, monkeypatch):
-    # The kernel of one pixel answers with the picture: over the background the mean of the rectified noise.
+    # The kernel of one pixel responds with the image: over the background the mean of the rectified noise.
     rows = edge_rows(unit([[[[1.0]]]], alpha=0.0), tmp_path, monkeypatch)
     assert rows[0, 'push']['snr_db'] == 'inf'
     for noise_std in (0.1, 0.5, 1.0):
@@ -205,10 +201,10 @@ def test_snr_in_noise_by_hand(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('weight, ending', [(1.0, ''), (0.0, ': none that is finite')])
 def test_the_legend_tells_what_has_no_line(weight, ending, tmp_path, monkeypatch):
-    pictures = []
-    monkeypatch.setattr(figures, '_to_png', lambda figure: pictures.append(figure) or b'')
+    images = []
+    monkeypatch.setattr(figures, '_to_png', lambda figure: images.append(figure) or b'')
     draw_figures(unit([[[[weight]]]], alpha=0.0), tmp_path)
-    legend = pictures[1].axes[-1].get_legend()
+    legend = images[1].axes[-1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == [f'{name}{ending}' for name in figures.RESPONSES]
 
 
@@ -223,16 +219,16 @@ def test_the_filter_shown_tells_the_edge_from_even_light(tmp_path, monkeypatch):
 
 
 def test_responses_are_those_of_the_unit():
-    pictures, weight = torch.randn(2, 3, 12, 14), torch.randn(4, 3, 3, 5)
+    images, weight = torch.randn(2, 3, 12, 14), torch.randn(4, 3, 3, 5)
     alpha = torch.tensor([0.0, 0.5, 2.0, -1.0])
-    responses = edge_responses(pictures, weight, alpha, (2, 1), 3)
-    pull = nn.functional.conv2d(pictures, pull_kernels(weight), padding=(2, 2), dilation=(2, 1))
+    responses = edge_responses(images, weight, alpha, (2, 1), 3)
+    pull = nn.functional.conv2d(images, pull_kernels(weight), padding=(2, 2), dilation=(2, 1))
     pull = nn.functional.avg_pool2d(pull, 3, 1, 1, count_include_pad=False)
     torch.testing.assert_close(responses['pull'], pull.relu(), rtol=1e-4, atol=1e-5)
-    expected = push_pull_conv2d(pictures, weight, alpha, padding=(2, 2), dilation=(2, 1)).relu()
+    expected = push_pull_conv2d(images, weight, alpha, padding=(2, 2), dilation=(2, 1)).relu()
     torch.testing.assert_close(responses['push-pull'], expected)
     assert all((response >= 0).all() for response in responses.values())
-    assert edge_responses(pictures, torch.randn(1, 3, 2, 4), 1.0)['pull'].shape == (2, 1, 12, 14)
+    assert edge_responses(images, torch.randn(1, 3, 2, 4), 1.0)['pull'].shape == (2, 1, 12, 14)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +259,7 @@ def test_spectrum_of_hand_made_kernels():
 def test_spectrum_of_a_combination_is_that_of_the_combined_kernel(window, dilation):
     weight = torch.randn(4, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     pull = pull_kernels(weight)
-    # What the linear unit makes of a point in the middle of an otherwise empty grey picture.
+    # The response of the linear unit to a point in the middle of an otherwise empty grey image.
     point = torch.zeros(1, 2, 32, 32)
     point[:, :, 16, 16] = 1
     push_response, pull_response = (
@@ -318,6 +314,6 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    with pytest.raises(ModuleNotFoundError, match=r"Pictures need matplotlib: pip install 'timm-pushpull\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"Figures need matplotlib: pip install 'timm-pushpull\[report\]'"):
         draw_figures(unit(torch.ones(2, 1, 3, 3)), tmp_path)
     assert list(tmp_path.iterdir()) == []

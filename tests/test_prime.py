@@ -30,7 +30,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(*shape, seed=0, dtype=torch.float32):
+def random_images(*shape, seed=0, dtype=torch.float32):
     """Values of 8 bits, black and white among them."""
     levels = torch.randint(0, 256, shape, generator=seeded(seed))
     levels.view(-1)[:2] = torch.tensor([0, 255])
@@ -147,12 +147,12 @@ def many():
 
 @pytest.mark.parametrize('preset, size, channels', [(PRIME.imagenet, 24, 3), (PRIME.cifar, 32, 3), (PRIME.cifar, 2, 1)])
 def test_mixture_by_loops(preset, size, channels):
-    images = pictures(7, channels, size, size)
+    images = random_images(7, channels, size, size)
     draw = preset().draw(images.shape, generator=seeded(1))
     assert {0, 1, 2, -1} == set(draw.families.flatten().tolist())
     expected = mixture_by_loops(images, draw)
     torch.testing.assert_close(apply_prime(images.double(), draw), expected, rtol=0, atol=1e-9)
-    # A filter or a curve after a curve enlarges the rounding of float32 up to a thousand times.
+    # A filter or a curve after a curve amplifies float32 rounding up to a thousand times.
     assert (apply_prime(images, draw) - expected).abs().mean() < 1e-3
     gentle = without(draw, 2)
     expected = mixture_by_loops(images, gentle)
@@ -168,7 +168,7 @@ def test_families_run_on_the_images_that_drew_them_only(monkeypatch):
 
     for transform in rows:
         monkeypatch.setattr(prime_module, transform.__name__, functools.partial(counted, transform))
-    images = pictures(16, 3, 8, 8)
+    images = random_images(16, 3, 8, 8)
     draw = PRIME.imagenet().draw(images.shape, generator=seeded())
     apply_prime(images, draw)
     assert list(rows.values()) == [int((draw.families == family).sum()) for family in range(3)]
@@ -176,8 +176,8 @@ def test_families_run_on_the_images_that_drew_them_only(monkeypatch):
 
 
 @pytest.mark.parametrize('preset', PRESETS)
-def test_an_image_is_indifferent_to_its_batch(preset):
-    images = pictures(6, 3, 16, 16)
+def test_an_image_does_not_depend_on_its_batch(preset):
+    images = random_images(6, 3, 16, 16)
     draw = preset().draw(images.shape, generator=seeded(2))
     output = apply_prime(images, draw)
     for index in range(6):
@@ -189,7 +189,7 @@ def test_an_image_is_indifferent_to_its_batch(preset):
 
 
 def test_spectral_filter():
-    images, kernels = pictures(4, 3, 7, 5), 4 * torch.randn(4, 3, 3, generator=seeded())
+    images, kernels = random_images(4, 3, 7, 5), 4 * torch.randn(4, 3, 3, generator=seeded())
     expected = torch.stack([spectral_by_loops(*each) for each in zip(images.double(), kernels.double(), strict=True)])
     torch.testing.assert_close(spectral_filter(images, kernels).double(), expected, rtol=0, atol=1e-5)
     delta = torch.zeros(4, 3, 3)
@@ -253,8 +253,8 @@ def test_displacement_fields():
 
 
 @pytest.mark.parametrize('cut, size', [(20, 6), (13, 7), (3, 9)])
-def test_modes_that_pixels_cannot_tell_apart_keep_their_law(cut, size):
-    """A field is a sum of modes times independent normal numbers, so its covariance says all of its law."""
+def test_aliased_modes_keep_their_distribution(cut, size):
+    """A field is a sum of modes times independent normal numbers, so its covariance determines its distribution."""
     deviations = mode_deviations(torch.tensor([cut, cut + 2]), cut + 2, size)[:1]
     count = deviations.shape[-1]
     assert count == min(cut + 2, size - 2)
@@ -286,7 +286,7 @@ def test_displacement_field_of_the_highest_modes_at_full_size():
 
 
 def test_deform():
-    images = pictures(3, 2, 11, 11)
+    images = random_images(3, 2, 11, 11)
     displacements = 3 * torch.randn(3, 2, 11, 11, generator=seeded())
     displacements[2] = 0
     expected = torch.stack(
@@ -403,7 +403,7 @@ def test_displacements_of_large_images_move_by_pixels():
 
 
 def test_zero_strength_is_the_identity():
-    images = pictures(8, 3, 16, 16)
+    images = random_images(8, 3, 16, 16)
     draw = PRIME(0, 500, 0, 20, 500).draw(images.shape, generator=seeded())
     draw = draw._replace(displacements=torch.zeros_like(draw.displacements))
     torch.testing.assert_close(apply_prime(images, draw), images, rtol=0, atol=1e-5)
@@ -413,7 +413,7 @@ def test_zero_strength_is_the_identity():
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_a_draw_can_be_repeated_and_replayed(preset):
-    prime, images = preset(), pictures(5, 3, 16, 16)
+    prime, images = preset(), random_images(5, 3, 16, 16)
     before = torch.get_rng_state()
     draw = prime.draw(images.shape, generator=seeded(3))
     output = prime(images, seeded(3))
@@ -433,7 +433,7 @@ def test_a_draw_can_be_repeated_and_replayed(preset):
 
 
 def test_the_input_stays_and_no_gradient_is_kept():
-    prime, images = PRIME.imagenet(), pictures(4, 3, 16, 16)
+    prime, images = PRIME.imagenet(), random_images(4, 3, 16, 16)
     before = images.clone()
     output = prime(images.requires_grad_(), seeded())
     assert torch.equal(images, before) and not output.requires_grad
@@ -443,7 +443,7 @@ def test_the_input_stays_and_no_gradient_is_kept():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(dtype):
-    images = pictures(8, 3, 32, 32, dtype=dtype)
+    images = random_images(8, 3, 32, 32, dtype=dtype)
     draw = PRIME.imagenet().draw(images.shape, generator=seeded())
     output = apply_prime(images, draw)
     assert output.dtype == dtype and output.isfinite().all()
@@ -454,14 +454,14 @@ def test_other_precisions(dtype):
 
 
 def test_autocast_changes_nothing():
-    prime, images = PRIME.imagenet(), pictures(6, 3, 32, 32)
+    prime, images = PRIME.imagenet(), random_images(6, 3, 32, 32)
     expected = prime(images, seeded())
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(prime(images, seeded()), expected)
 
 
 def test_memory_format_is_kept():
-    prime, images = PRIME.imagenet(), pictures(4, 3, 16, 16)
+    prime, images = PRIME.imagenet(), random_images(4, 3, 16, 16)
     expected = prime(images, seeded())
     assert expected.is_contiguous()
     for view in (images.contiguous(memory_format=torch.channels_last), images.mT.contiguous().mT):
@@ -471,7 +471,7 @@ def test_memory_format_is_kept():
 
 @pytest.mark.parametrize('count', [0, 1])
 def test_small_batches(count):
-    images = pictures(2, 3, 8, 8)[:count]
+    images = random_images(2, 3, 8, 8)[:count]
     for seed in range(6):  # families without a step among them
         assert PRIME.cifar()(images, seeded(seed)).shape == images.shape
 
@@ -498,7 +498,7 @@ def test_bad_arguments_are_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_cuda():
-    prime, images = PRIME.imagenet(), pictures(8, 3, 32, 32)
+    prime, images = PRIME.imagenet(), random_images(8, 3, 32, 32)
     draw = prime.draw(images.shape, generator=seeded())
     gentle = without(draw, 2)
     torch.testing.assert_close(apply_prime(images.cuda(), gentle).cpu(), apply_prime(images, gentle), rtol=0, atol=1e-3)
@@ -529,7 +529,7 @@ def test_bench_counts_the_peak():
 
 def test_bench_compares_with_the_same_augmentation():
     # Means of the outputs and of the changes, over images and draws, by both ways.
-    prime, images = PRIME(4.0, 20, 0.05, 4, 20), pictures(512, 1, 16, 16)
+    prime, images = PRIME(4.0, 20, 0.05, 4, 20), random_images(512, 1, 16, 16)
     torch.manual_seed(0)
     ours = torch.stack([prime(images) for _ in range(8)])
     plain = torch.stack([_plain_prime(prime, images) for _ in range(8)])

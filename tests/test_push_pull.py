@@ -29,7 +29,7 @@ def relative_error(actual, expected):
 
 
 def push_pull_by_loops(x, weight, alpha, bias, stride, padding, dilation, groups, avg_pool_size):
-    """The equation, one output value at a time."""
+    """Compute the equation, one output value at a time."""
     x, weight = x.double(), weight.double()
     n, _, height, width = x.shape
     out_chans, group_chans, kh, kw = weight.shape
@@ -58,33 +58,42 @@ def push_pull_by_loops(x, weight, alpha, bias, stride, padding, dilation, groups
     return output
 
 
-def test_hand_worked_border_window():
+IMPLEMENTATIONS = pytest.mark.parametrize('implementation', ['reference', 'fast'])
+
+
+@IMPLEMENTATIONS
+def test_hand_worked_border_window(implementation):
     x = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
     weight = torch.tensor([[[[2.0, 0.0], [0.0, -1.0]]]])
     # pull kernel [[-1, 1], [1, 2]]; P = [[-3, -2], [0, 1]], Q = [[15, 18], [24, 27]] of mean 21 in each window
     expected = torch.tensor([[[[-10.5, -10.5], [-10.5, -9.5]]]])
-    torch.testing.assert_close(push_pull_conv2d(x, weight, 0.5, avg_pool_size=3), expected)
+    output = push_pull_conv2d(x, weight, 0.5, avg_pool_size=3, implementation=implementation)
+    torch.testing.assert_close(output, expected)
     expected = torch.tensor([[[[-7.5, -9.0], [-12.0, -12.5]]]])
-    torch.testing.assert_close(push_pull_conv2d(x, weight, 0.5, avg_pool_size=0), expected)
+    output = push_pull_conv2d(x, weight, 0.5, avg_pool_size=0, implementation=implementation)
+    torch.testing.assert_close(output, expected)
 
 
-def test_hand_worked_average_before_rectification():
+@IMPLEMENTATIONS
+def test_hand_worked_average_before_rectification(implementation):
     # The pull kernel of a 1x1 kernel is the kernel itself: Q = P = [4, -2], of mean 1 in both windows.
-    output = push_pull_conv2d(torch.tensor([[[[4.0, -2.0]]]]), torch.ones(1, 1, 1, 1), 1.0)
+    x, weight = torch.tensor([[[[4.0, -2.0]]]]), torch.ones(1, 1, 1, 1)
+    output = push_pull_conv2d(x, weight, 1.0, implementation=implementation)
     torch.testing.assert_close(output, torch.tensor([[[[3.0, -1.0]]]]))
 
 
-def test_hand_worked_negated_pull_kernel():
+@IMPLEMENTATIONS
+def test_hand_worked_negated_pull_kernel(implementation):
     x = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
     weight = torch.tensor([[[[2.0, 0.0], [0.0, -1.0]]]])
     # P = [[-3, -2], [0, 1]] and Q = -P, of mean 1 in each window
-    output = push_pull_conv2d(x, weight, 0.5, avg_pool_size=3, pull_kernel='negated')
+    output = push_pull_conv2d(x, weight, 0.5, avg_pool_size=3, pull_kernel='negated', implementation=implementation)
     torch.testing.assert_close(output, torch.tensor([[[[-0.5, -0.5], [-0.5, 0.5]]]]))
-    output = push_pull_conv2d(x, weight, 0.5, avg_pool_size=0, pull_kernel='negated')
+    output = push_pull_conv2d(x, weight, 0.5, avg_pool_size=0, pull_kernel='negated', implementation=implementation)
     torch.testing.assert_close(output, torch.tensor([[[[-1.5, -1.0], [0.0, 1.0]]]]))
 
 
-@pytest.mark.parametrize('implementation', ['reference', 'fast'])
+@IMPLEMENTATIONS
 def test_negated_without_averaging_at_alpha_1_it_is_the_convolution(implementation):
     x, weight, bias = torch.randn(2, 4, 11, 9) + 1, torch.randn(6, 2, 3, 5), torch.randn(6)
     geometry = dict(stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2)
@@ -93,8 +102,9 @@ def test_negated_without_averaging_at_alpha_1_it_is_the_convolution(implementati
     torch.testing.assert_close(output, F.conv2d(x, weight, bias, **geometry))
 
 
+@IMPLEMENTATIONS
 @pytest.mark.parametrize('case', GOLDEN_CASES)
-def test_published_outputs_and_gradients(case, shared):
+def test_outputs_and_gradients_of_the_original_code(case, implementation, shared):
     with safe_open(shared / 'reference' / 'push_pull_conv_golden.safetensors', 'pt') as file:
         cases = json.loads(file.metadata()['cases'])
         golden = {k[len(case) + 1 :]: file.get_tensor(k) for k in file.keys() if k.startswith(f'{case}.')}
@@ -109,6 +119,7 @@ def test_published_outputs_and_gradients(case, shared):
         stride=settings['stride'],
         padding=settings['padding'],
         avg_pool_size=settings['avg_pool_size'],
+        implementation=implementation,
     )
     assert relative_error(output, golden['output']) < 1e-5
     output.backward(golden['grad_output'])

@@ -38,7 +38,7 @@ def test_stem_is_all_that_differs_from_timm(name):
     assert [getattr(model.conv1, g) for g in geometry] == [getattr(plain.conv1, g) for g in geometry]
 
 
-def test_without_push_pull_it_is_timms_network():
+def test_without_push_pull_the_network_is_timms():
     torch.manual_seed(0)
     baseline = timm.create_model('pp_resnet50', push_pull=False)
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_output_stride_that_does_not_exist():
 
 @pytest.mark.parametrize('name', ['pp_resnet18', 'pp_resnet50', 'pp_resnet18_cifar'])
 def test_forward_intermediates(name):
-    """What timm's own two tests of it check; they choose networks by the name of timm's modules."""
+    """The checks of timm's own two tests, which choose networks by the names of timm's modules."""
     model = timm.create_model(name).eval()
     x = torch.randn(1, 3, 64, 64)
     final, intermediates = model.forward_intermediates(x)
@@ -196,7 +196,7 @@ def test_alpha_is_not_decayed():
 )
 def test_saved_and_reloaded_from_a_folder(name, settings, tmp_path):
     model = timm.create_model(name, **settings).eval()
-    # Newer releases of timm remember the settings by themselves.
+    # timm 1.0.31 and later keep the settings.
     given = {} if hasattr(model, '_model_args') else dict(model_args=settings)
     save_for_hf(model, tmp_path, safe_serialization=True, **given)
     assert settings.items() <= json.loads((tmp_path / 'config.json').read_text())['model_args'].items()
@@ -212,7 +212,7 @@ def test_deep_stem():
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
 
 
-def test_anti_aliasing_by_its_name():
+def test_anti_aliasing_by_name():
     named, given = (timm.create_model('pp_resnet18', aa_layer=layer) for layer in ('blur', BlurPool2d))
     named.load_state_dict(given.state_dict())
     x = torch.randn(2, 3, 64, 64)

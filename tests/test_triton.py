@@ -1,8 +1,8 @@
-"""The GPU's kernels against the equation; without a GPU, small ones in Triton's interpreter."""
+"""The GPU kernels against the reference; without a GPU on small images in Triton's interpreter."""
 
 import pytest
 import torch
-from accuracy import FLOOR, GEOMETRIES, Errors, differentiate, draw
+from accuracy import FLOOR, GEOMETRIES, Errors, output_and_grads, draw
 
 from timm_pushpull import PushPullConv2d
 from timm_pushpull.layers.stem import use_chunks
@@ -14,9 +14,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'
 
 
-def by_kernels(x, weight, alpha, gradient, geometry, window, dtype):
-    """The output, and the gradients of weight, alpha and input."""
-    x, weight, alpha, gradient = (tensor.to(DEVICE) for tensor in (x, weight, alpha, gradient))
+def by_kernels(x, weight, alpha, grad_output, geometry, window, dtype):
+    """Return the output, and the gradients of weight, alpha and input."""
+    x, weight, alpha, grad_output = (tensor.to(DEVICE) for tensor in (x, weight, alpha, grad_output))
     alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
     numbers = operator_geometry(geometry, window)
     weight.requires_grad_()
@@ -24,11 +24,11 @@ def by_kernels(x, weight, alpha, gradient, geometry, window, dtype):
     c = wide.amax((1, 2, 3)) + wide.amin((1, 2, 3))
     with torch.no_grad():
         output = push_pull_triton.push_pull(x, weight, c, alpha, numbers, dtype)
-        of_input, of_weight, of_c, of_alpha = push_pull_triton.push_pull_backward(
-            gradient.to(dtype), x, weight, c, alpha, numbers, True
+        grad_input, grad_weight, grad_c, grad_alpha = push_pull_triton.push_pull_backward(
+            grad_output.to(dtype), x, weight, c, alpha, numbers, True
         )
-    assert (output.dtype, of_input.dtype, of_weight.dtype) == (dtype, x.dtype, weight.dtype)
-    return output, of_weight + torch.autograd.grad(c, weight, of_c)[0], of_alpha, of_input
+    assert (output.dtype, grad_input.dtype, grad_weight.dtype) == (dtype, x.dtype, weight.dtype)
+    return output, grad_weight + torch.autograd.grad(c, weight, grad_c)[0], grad_alpha, grad_input
 
 
 def operator_geometry(geometry, window):
@@ -66,41 +66,41 @@ def test_as_accurate_as_the_reference(geometry, window, dtype, autocast, offset,
         images = 64 if CUDA else 2
         drawn = [tensor.to(dtype) for tensor in draw(geometry, window, offset, images, memory_format)]
         ours = by_kernels(*drawn, geometry, window, autocast or dtype)
-        theirs = differentiate('reference', *drawn, geometry, window, autocast)
-        errors.add(ours, theirs, differentiate('reference', *map(torch.Tensor.double, drawn), geometry, window))
+        theirs = output_and_grads('reference', *drawn, geometry, window, autocast)
+        errors.add(ours, theirs, output_and_grads('reference', *map(torch.Tensor.double, drawn), geometry, window))
     dtype = autocast or dtype
-    # Triton's interpreter cuts off where it should round to bfloat16, always towards zero.
+    # Triton's interpreter rounds bfloat16 towards zero.
     factor = 4 if dtype == torch.bfloat16 and not CUDA else 2
     errors.check(factor, floor={torch.float64: 1e-12, torch.float32: FLOOR[offset]}.get(dtype, 2e-4))
 
 
 def test_where_the_input_needs_no_gradient():
-    x, weight, alpha, gradient = draw('imagenet', 3, 0, 2, torch.channels_last)
-    tensors = [tensor.to(DEVICE) for tensor in (gradient, x, weight, weight.double().sum((1, 2, 3)), alpha)]
+    x, weight, alpha, grad_output = draw('imagenet', 3, 0, 2, torch.channels_last)
+    tensors = [tensor.to(DEVICE) for tensor in (grad_output, x, weight, weight.double().sum((1, 2, 3)), alpha)]
     _, *others = push_pull_triton.push_pull_backward(*tensors, operator_geometry('imagenet', 3), True)
     nothing, *same = push_pull_triton.push_pull_backward(*tensors, operator_geometry('imagenet', 3), False)
     assert nothing.numel() == 0 and all(map(torch.equal, others, same))
 
 
-def test_nothing_in_nothing_out():
+def test_empty_batch():
     x, weight, alpha = torch.empty(0, 3, 9, 9, device=DEVICE), torch.randn(8, 3, 3, 3), torch.rand(8)
     weight, c, alpha = weight.to(DEVICE), torch.randn(8, device=DEVICE).double(), alpha.to(DEVICE)
     geometry = [1, 1, 0, 0, 1, 1, 1, 3]
     output = push_pull_triton.push_pull(x, weight, c, alpha, geometry, torch.float32)
     assert output.shape == (0, 8, 7, 7)
     gradients = push_pull_triton.push_pull_backward(output, x, weight, c, alpha, geometry, True)
-    assert [gradient.shape for gradient in gradients] == [x.shape, weight.shape, c.shape, alpha.shape]
-    assert not any(gradient.any() for gradient in gradients)
+    assert [grad_output.shape for grad_output in gradients] == [x.shape, weight.shape, c.shape, alpha.shape]
+    assert not any(grad_output.any() for grad_output in gradients)
 
 
-def test_what_is_not_a_number_stays_so():
+def test_nan_stays_nan():
     x = torch.randn(1, 3, 9, 9, device=DEVICE)
     x[0, 0, 4, 4] = float('nan')
     weight, alpha = torch.randn(4, 3, 3, 3, device=DEVICE), torch.rand(4, device=DEVICE)
     c = torch.ones(4, dtype=torch.double, device=DEVICE)
     output = push_pull_triton.push_pull(x, weight, c, alpha, [1, 1, 1, 1, 1, 1, 1, 3], torch.float32)
     expected = torch.zeros(9, 9, dtype=torch.bool)
-    expected[2:7, 2:7] = True  # what the kernel sees of it, and the window around that
+    expected[2:7, 2:7] = True  # the kernel's reach plus the window's
     assert torch.equal(output[0, 0].isnan().cpu(), expected)
 
 
@@ -121,7 +121,7 @@ def test_layer_on_cuda(amp, torchcompile):
     for ours, theirs in zip(*found[:2], strict=True):
         scale = theirs.abs().max()
         torch.testing.assert_close(ours / scale, theirs / scale, **tolerance, check_dtype=False)
-    assert all(map(torch.equal, found[1], found[2]))  # off unless it is asked for
+    assert all(map(torch.equal, found[1], found[2]))  # off by default
     stem = [layer, torch.nn.BatchNorm2d(64).cuda(), torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1)]
     layer.implementation = 'fast'
     with torch.no_grad():

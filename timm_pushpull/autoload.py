@@ -1,8 +1,8 @@
-"""Registers the models as soon as timm is there, without importing timm or torch itself.
+"""Registers the models with timm as soon as a program imports timm.
 
-PyTorch loads the entry-point group ``torch.backends`` at the end of ``import torch``, and an exception there would end
-that import for everybody. So this module imports the standard library alone, and what it does then is to wait: the
-models register once ``timm.models`` has been imported, in the thread that imports it and before anyone can use it.
+PyTorch loads the entry points ``torch.backends`` at the end of ``import torch``. An exception there would end that
+import for every program. So this module imports the standard library alone, and waits: the models register right after
+the import of ``timm.models``, in the thread that imports it, before any program can use it.
 """
 
 import importlib
@@ -19,9 +19,9 @@ _TIMM_MODELS = 'timm.models'
 
 
 def autoload() -> None:
-    """Register the push-pull models with timm: now if ``timm.models`` is imported, else when it will be.
+    """Register the push-pull models with timm: now if ``timm.models`` is imported, else right after its import.
 
-    May be called any number of times, from any thread. Never raises: what goes wrong is one warning.
+    Any thread may call this any number of times. It never raises: an error becomes one warning.
     """
     try:
         _TimmModelsFinder.install()
@@ -29,7 +29,7 @@ def autoload() -> None:
         if timm_models is not None:
             spec = timm_models.__spec__
             if getattr(spec, '_initializing', False):
-                # Another thread is importing it and looked for it before the finder was there.
+                # Another thread is importing timm.models, and looked for it before the finder was installed.
                 spec.__class__ = _InitializingSpec  # type: ignore[union-attr]
             if not getattr(spec, '_initializing', False):
                 _register()
@@ -39,7 +39,7 @@ def autoload() -> None:
 
 def _register() -> None:
     try:
-        # The import system runs the registrations once, whatever the number of calls and threads.
+        # The import system runs this module once, for any number of calls and threads.
         importlib.import_module('timm_pushpull.models.pushpull_resnet')
     except Exception as error:
         _warn(error)
@@ -52,12 +52,12 @@ def _warn(error: Exception) -> None:
     )
     try:
         warnings.warn(message, stacklevel=2)
-    except Warning:  # warnings are errors here, and this one must not end the import of timm
+    except Warning:  # under `python -W error`, where a warning would end the import of timm
         print(message, file=sys.stderr)
 
 
 class _TimmModelsFinder(importlib.abc.MetaPathFinder):
-    """Finds ``timm.models`` as the other finders do, with a loader that registers the models after it."""
+    """Finds ``timm.models`` by the other finders, and gives it a loader that registers the models."""
 
     @classmethod
     def install(cls) -> None:
@@ -82,7 +82,7 @@ class _TimmModelsFinder(importlib.abc.MetaPathFinder):
 
 
 class _RegisteringLoader(importlib.abc.Loader):
-    """Runs the module's own loader, puts it back in its place, and registers the models."""
+    """Runs the module's own loader, restores it, and registers the models."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
@@ -97,9 +97,9 @@ class _RegisteringLoader(importlib.abc.Loader):
 
 
 class _InitializingSpec(importlib.machinery.ModuleSpec):
-    """Spec of a module under import: registers the models when the import system marks it as done.
+    """Spec of a module during its import: registers the models when the import ends.
 
-    The import system clears ``_initializing`` when the module is complete, in the importing thread and while others
+    The import system clears ``_initializing`` when the module is complete, in the importing thread, while other threads
     still wait for the module's lock.
     """
 

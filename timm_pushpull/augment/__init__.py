@@ -1,0 +1,1 @@
+"""PRIME, and its place inside a network in training."""

@@ -1,4 +1,4 @@
-"""Augmentation of training batches inside the model: what ``train.py --model-kwargs augment=prime`` turns on."""
+"""Augmentation of training batches inside the model: ``train.py --model-kwargs augment=prime``."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ __all__ = ['augment_in_training']
 
 
 def augment_in_training(model: nn.Module, augmentation: nn.Module) -> None:
-    """Make a model augment its input in training mode: un-normalised, augmented, normalised again.
+    """Make a model augment its batches in training mode: undo the normalization, augment, normalize again.
 
-    Mean and std are those of ``model.pretrained_cfg``, which timm's loaders use. The first batch shows whether they
-    were: un-normalised, it must be made of pixels of 8 bits. In evaluation mode nothing happens; nothing is added to
-    the model's modules or state dict. ``torch.jit.script`` takes no such model: script one without the augmentation.
+    The mean and std are those of ``model.pretrained_cfg``, which timm's loaders use. The first batch is checked: with
+    this mean and std it must consist of 8-bit pixels. Evaluation mode, modules and state dict stay as they are.
+    ``torch.jit.script`` refuses such a model: script a model without the augmentation.
 
     Args:
         model: Model of timm.
-        augmentation: From images in [0, 1] (N, C, H, W) to augmented ones.
+        augmentation: Maps images (N, C, H, W) in [0, 1] to augmented images.
     """
     model.register_forward_pre_hook(_AugmentInTraining(augmentation))
 
@@ -33,7 +33,7 @@ class _AugmentInTraining:
             return None
         return self._augment(args[0], model.pretrained_cfg['mean'], model.pretrained_cfg['std']), *args[1:]
 
-    @torch.compiler.disable  # its draws are not for a graph
+    @torch.compiler.disable  # a graph would break at the draws
     @torch.no_grad()
     def _augment(self, batch: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
         if batch.shape[1] != len(mean):
@@ -50,14 +50,14 @@ class _AugmentInTraining:
 
 
 def _check_pixels(images: Tensor, dtype: torch.dtype, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Refuse images that are not n / 255, for the greater part at least: random erasing leaves something else."""
-    # Half precision has lost the steps of a pixel: there only the range can be seen.
+    """Refuse images of which most values are not n / 255. Random erasing writes other values, so not all must be."""
+    # Half precision rounds the steps of 1 / 255 away: only the range can be checked.
     fine = torch.finfo(dtype).bits >= 32
     levels = images * 255
     pixels = (levels - levels.round()).abs() < 0.02 if fine else (levels > -2) & (levels < 257)
     if pixels.float().mean() < 0.5:
         raise ValueError(
-            f'augment needs the mean and std that the loader used; un-normalised with those of the model, mean={mean} '
-            f'and std={std}, the batch does not hold 8-bit pixels. Leave --mean and --std out, or give the model the '
-            'same by --model-kwargs "pretrained_cfg_overlay=dict(mean=..., std=...)"; mixup needs the prefetcher.'
+            f'augment needs the mean and std that the loader used: with those of the model, mean={mean} and std={std}, '
+            'the batch does not hold 8-bit pixels. Leave --mean and --std out, or give the model the same values by '
+            '--model-kwargs "pretrained_cfg_overlay=dict(mean=..., std=...)". Mixup needs the prefetcher.'
         )

@@ -1,14 +1,14 @@
-"""PRIME: random filters, deformations and changes of colour, mixed, for batches of images on their own device.
+"""PRIME: mixtures of random filters, deformations and colour curves, for batches of images on their own device.
 
 Paper: `PRIME: A Few Primitives Can Boost Robustness to Common Corruptions` - https://arxiv.org/abs/2112.13547
 
-The draw of the random numbers stands apart from their application, so that a draw can be kept and applied again.
+:meth:`PRIME.draw` draws the random numbers, :func:`apply_prime` applies them, so that a draw can be kept and replayed.
 
-Where this differs from the published code (https://github.com/amodas/PRIME-augmentations): that code shares one
-displacement field, one first frequency and one strength between all images of a step, draws the strengths uniformly
-between 0 and their published values, T and the cut from arcsine laws (the cut below an upper end that is itself
-random), drops the frequencies above the last one, and puts the delta of the filter at a corner of the kernel, which
-shifts the picture by a pixel. Here every image has its own draw, and the strengths are the published values.
+Differences from the original code (https://github.com/amodas/PRIME-augmentations): here every image has its own draw,
+and the strengths are those of the paper. The original code shares one displacement field, one first frequency and one
+strength among all images of a step. It draws the strengths uniformly between 0 and those of the paper, and T and the
+cut from arcsine laws, the cut below a random upper end. It drops frequencies above the last one. It puts the delta of
+the filter at a corner of the kernel, which shifts the image by a pixel.
 """
 
 import math
@@ -36,28 +36,28 @@ MAX_DEPTH = 3  # steps of a chain
 SPECTRAL, SPATIAL, COLOR = range(3)
 NO_STEP = -1
 
-# Displacement fields drawn at a time: at most 32 MB of variances of modes, and enough work for a GPU.
+# Displacement fields in one step: at most 32 MB of mode variances, and enough work for a GPU.
 _FIELDS_AT_ONCE = 32
-# Terms of the sine series for which Clenshaw's recurrence loses no more than a digit of float32.
+# Clenshaw's recurrence over so many terms loses at most one digit of float32.
 _TERMS_AT_ONCE = 20
 
 
 def spectral_filter(images: Tensor, kernels: Tensor) -> Tensor:
-    r"""Convolve each image with a kernel of its own: :math:`\operatorname{clamp}_{[0, 1]}(x * k)`.
+    r"""Convolve each image with its own kernel: :math:`\operatorname{clamp}_{[0, 1]}(x * k)`.
 
     Source: `PRIME` - https://arxiv.org/abs/2112.13547
 
     Args:
         images: Images (N, C, H, W) in [0, 1], float32 or float64.
-        kernels: Kernels (N, 3, 3), each for all channels of its image.
+        kernels: Kernels k (N, 3, 3); all channels of an image share its kernel.
 
     Returns:
-        Images (N, C, H, W) in [0, 1]; zeros were put around the input.
+        Images (N, C, H, W) in [0, 1], convolved with zero padding.
     """
     height, width = images.shape[2:]
     padded = F.pad(images, (1, 1, 1, 1))
     output = torch.zeros_like(images)
-    # As fast as a convolution with a group for each channel of each image, and never rounded to TF32.
+    # As fast as a grouped convolution, and never rounded to TF32.
     for i in range(3):
         for j in range(3):
             output.addcmul_(padded[:, :, i : i + height, j : j + width], kernels[:, i, j].view(-1, 1, 1, 1))
@@ -65,9 +65,9 @@ def spectral_filter(images: Tensor, kernels: Tensor) -> Tensor:
 
 
 def temperature_range(size: int, cuts: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Temperatures between half a pixel of typical displacement and the first folds of the image.
+    r"""Compute the range of temperatures T, from half a pixel of displacement to the first folds of the image.
 
-    For images of side :math:`n` and modes up to :math:`c`:
+    For images of side :math:`n` and modes up to the cut :math:`c`:
 
     .. math::
         T_1 = \frac{1}{\pi n^2 \ln c}, \qquad T_2 = \max\left(T_1, \frac{4}{\pi^3 c^2 \ln c}\right)
@@ -76,7 +76,7 @@ def temperature_range(size: int, cuts: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         size: Side of the images, in pixels.
-        cuts: Highest mode of each field (N,), at least 2.
+        cuts: Cut c of each field (N,), at least 2.
 
     Returns:
         Lowest and highest temperatures, (N,) each.
@@ -87,29 +87,29 @@ def temperature_range(size: int, cuts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mode_deviations(cuts: Tensor, highest: int, size: int) -> Tensor:
-    r"""Strength of each mode that the pixels of an image tell apart, with all those that they take for it.
+    r"""Compute the standard deviation of each sine mode below the Nyquist frequency, its aliases included.
 
-    On the pixels of an image of side :math:`n` the sine of mode :math:`2 k (n - 1) \pm i` is that of mode :math:`i`, up
-    to its sign. The sum of their normally distributed amplitudes is normally distributed, so one number stands for all:
+    On a grid of :math:`n` pixels, mode :math:`2 k (n - 1) \pm i` has the same values as mode :math:`i`, up to the sign.
+    The amplitudes of such aliases are independent and normally distributed, so their variances add up:
 
     .. math::
         \sigma_{ji}^2 = \sum_{i' \equiv \pm i,\; j' \equiv \pm j \pmod{2 (n - 1)},\; i'^2 + j'^2 < (c + 1/2)^2}
             \frac{1}{i'^2 + j'^2}
 
     Args:
-        cuts: Highest mode of each field c (N,).
-        highest: Highest of the cuts.
+        cuts: Cut c of each field (N,).
+        highest: Largest of the cuts.
         size: Side of the images n, in pixels, at least 2.
 
     Returns:
-        Standard deviations (N, M, M) of the modes 1 to M, the smaller of ``highest`` and n - 2; vertical modes first.
+        Standard deviations (N, M, M) of the modes 1 to M = min(highest, n - 2); vertical modes first.
     """
     number = torch.arange(1, highest + 1, device=cuts.device)
     period = 2 * (size - 1)
     alias = torch.remainder(number, period)
     alias = torch.minimum(alias, period - alias)
-    told_apart = torch.arange(1, min(highest, size - 2) + 1, device=cuts.device)
-    fold = (alias[:, None] == told_apart).float()
+    modes = torch.arange(1, min(highest, size - 2) + 1, device=cuts.device)
+    fold = (alias[:, None] == modes).float()
     square = number**2 + number[:, None] ** 2
     inside = square < (cuts.view(-1, 1, 1) + 0.5) ** 2
     with torch.autocast(cuts.device.type, enabled=False):
@@ -117,15 +117,15 @@ def mode_deviations(cuts: Tensor, highest: int, size: int) -> Tensor:
 
 
 def displacement_fields(modes: Tensor, deviations: Tensor, temperatures: Tensor, size: int) -> Tensor:
-    r"""Smooth random displacements that vanish at the border of the image.
+    r"""Compute smooth random displacements that vanish at the border of the image.
 
-    At the pixel of column :math:`x` and row :math:`y`, for images of side :math:`n` and for both components:
+    At column :math:`x` and row :math:`y` of images of side :math:`n`, for both components:
 
     .. math::
         d = \sqrt{T} \, n \sum_{i, j = 1}^{M} a_{ji} \sigma_{ji} \sin\frac{\pi i x}{n - 1} \sin\frac{\pi j y}{n - 1}
 
-    With the deviations of :func:`mode_deviations` this is, in law, the sum over all modes up to a cut with amplitudes
-    :math:`a / \sqrt{i^2 + j^2}`.
+    With the deviations of :func:`mode_deviations` the displacements have the distribution of the paper's sum, over all
+    modes up to the cut, with amplitudes :math:`a / \sqrt{i^2 + j^2}`.
 
     Source: `PRIME` - https://arxiv.org/abs/2112.13547
 
@@ -140,7 +140,7 @@ def displacement_fields(modes: Tensor, deviations: Tensor, temperatures: Tensor,
     """
     number = torch.arange(1, modes.shape[-1] + 1, device=modes.device)
     pixel = torch.arange(size, device=modes.device)
-    # The phase is reduced in whole numbers: it may be hundreds of turns.
+    # Integers reduce the phase exactly: it may be hundreds of turns.
     phase = torch.remainder(number[:, None] * pixel, 2 * (size - 1)).to(modes.dtype)
     sines = torch.sin(phase * (math.pi / (size - 1)))
     amplitude = deviations * (temperatures.sqrt() * size).view(-1, 1, 1)
@@ -149,7 +149,7 @@ def displacement_fields(modes: Tensor, deviations: Tensor, temperatures: Tensor,
 
 
 def deform(images: Tensor, displacements: Tensor) -> Tensor:
-    """Give each pixel the value found at its place less its displacement, :math:`x(p - d(p))`.
+    """Deform images: the pixel at p gets the value :math:`x(p - d(p))`.
 
     Source: `PRIME` - https://arxiv.org/abs/2112.13547
 
@@ -158,7 +158,7 @@ def deform(images: Tensor, displacements: Tensor) -> Tensor:
         displacements: Displacements (N, 2, n, n) in pixels: along x, then along y.
 
     Returns:
-        Images (N, C, n, n), interpolated bilinearly; places outside are moved to the border.
+        Images (N, C, n, n), interpolated bilinearly. Places outside the image are clamped to its border.
     """
     pixel = torch.arange(images.shape[-1], device=images.device, dtype=images.dtype)
     places = torch.stack((pixel - displacements[:, 0], pixel[:, None] - displacements[:, 1]), dim=-1)
@@ -167,7 +167,7 @@ def deform(images: Tensor, displacements: Tensor) -> Tensor:
 
 
 def color_jitter(images: Tensor, first: Tensor, coefficients: Tensor) -> Tensor:
-    r"""Change the values of each channel by a random smooth curve.
+    r"""Change the values of each channel by a smooth curve.
 
     .. math::
         \operatorname{clamp}_{[0, 1]}\left(x + \sum_{j=0}^{K-1} c_j \sin(\pi (k + j) x)\right)
@@ -182,7 +182,7 @@ def color_jitter(images: Tensor, first: Tensor, coefficients: Tensor) -> Tensor:
     Returns:
         Images (N, C, H, W) in [0, 1].
     """
-    # Products of the coarse part with a frequency are exact, so that their whole periods can be taken off.
+    # The product of the coarse part and a frequency is exact, so whole periods can be subtracted without an error.
     coarse = images.mul(4096).round_().div_(4096)
     fine = images - coarse
 
@@ -203,15 +203,15 @@ def color_jitter(images: Tensor, first: Tensor, coefficients: Tensor) -> Tensor:
 
 
 class PrimeDraw(NamedTuple):
-    """The random numbers of one batch of N images: all that decides what happens to them.
+    """All random numbers of one batch of N images.
 
-    The rows of ``kernels``, of ``displacements``, and of ``first`` and ``coefficients`` belong to the steps that drew
-    their family, in the order of ``families``: by chain, then by step, then by image.
+    A row of ``kernels``, ``displacements``, ``first`` or ``coefficients`` belongs to one step of one image that drew
+    this family. The rows are in the order of ``families``: by chain, then by step, then by image.
     """
 
     families: Tensor  # (chains, steps, N) on the CPU: 0 spectral, 1 spatial, 2 colour, -1 after the end of a chain
-    weights: Tensor  # (N, chains), of sum 1
-    blend: Tensor  # (N,) in [0, 1]: share of the mixture
+    weights: Tensor  # w (N, chains), with sum 1
+    blend: Tensor  # m (N,) in [0, 1]
     kernels: Tensor  # (spectral steps, 3, 3)
     displacements: Tensor  # (spatial steps, 2, n, n) in pixels
     first: Tensor  # (colour steps,)
@@ -220,24 +220,24 @@ class PrimeDraw(NamedTuple):
 
 @torch.no_grad()
 def apply_prime(images: Tensor, draw: PrimeDraw) -> Tensor:
-    r"""Mix each image with chains of transforms of it, as drawn.
+    r"""Mix each image with chains of its transforms, as drawn.
 
     .. math::
         (1 - m) x + m \sum_i w_i \operatorname{chain}_i(x)
 
-    Each transform is applied to the images that drew it and to no other.
+    Each transform runs only on the images that drew it.
 
     Source: `PRIME` - https://arxiv.org/abs/2112.13547
 
     Args:
-        images: Images (N, C, n, n) in [0, 1], of any floating-point type; half precision is computed in float32.
-        draw: Random numbers of :meth:`PRIME.draw`, on any device.
+        images: Images (N, C, n, n) in [0, 1], of any floating-point type. Half precision is computed in float32.
+        draw: Draw of :meth:`PRIME.draw`, on any device.
 
     Returns:
         Images (N, C, n, n) in [0, 1], of the data type and memory format of the input.
 
     Raises:
-        ValueError: If the images are no floating-point numbers, or if the draw is for another shape.
+        ValueError: If the images are not floating-point numbers, or if the draw is for another shape.
     """
     if not images.is_floating_point():
         raise ValueError(f'images must be floating-point numbers in [0, 1], got {images.dtype}: divide them by 255.')
@@ -253,7 +253,7 @@ def apply_prime(images: Tensor, draw: PrimeDraw) -> Tensor:
         SPATIAL: (deform, (draw.displacements.to(clean.dtype),)),
         COLOR: (color_jitter, (draw.first, draw.coefficients.to(clean.dtype))),
     }
-    # For each family and step: which images, and their random numbers. Found on the CPU, where nothing is waited for.
+    # For each family and step: its images and their random numbers. On the CPU, so that nothing waits for a GPU.
     steps: list[tuple[Any, list[Any]]] = []
     for family, (transform, numbers) in families.items():
         chosen = draw.families == family
@@ -274,19 +274,19 @@ def apply_prime(images: Tensor, draw: PrimeDraw) -> Tensor:
 
 
 class PRIME(nn.Module):
-    """Augmentation of a batch of images, before they are normalised; it has no weights and no training mode.
+    """Augments a batch of images before they are normalized. The module has no weights and ignores its training mode.
 
-    :meth:`imagenet` and :meth:`cifar` give the published settings. Each image has three chains of one to three steps,
-    mixed with Dirichlet(1, 1, 1) weights and blended with the image by a share from [0, 1).
+    Each image gets three chains of one to three steps, mixed with weights from Dirichlet(1, 1, 1), and the mixture is
+    blended with the image by a share from [0, 1). :meth:`imagenet` and :meth:`cifar` have the settings of the paper.
 
     Source: `PRIME` - https://arxiv.org/abs/2112.13547
 
     Args:
-        sigma: Standard deviation of the kernels around the delta, at least 0.
-        cut_max: Largest highest mode of a displacement field, at least 2; drawn from 2 to this.
+        sigma: Standard deviation of the filter kernels around the delta, at least 0.
+        cut_max: Cuts of the displacement fields are drawn from 2 to ``cut_max``, at least 2.
         color_temperature: Variance of the colour coefficients, at least 0.
-        color_terms: Consecutive frequencies of a colour curve, at least 1.
-        color_first_max: Largest first frequency, at least 1; drawn from 1 to this.
+        color_terms: Number of consecutive frequencies of a colour curve, at least 1.
+        color_first_max: First frequencies are drawn from 1 to ``color_first_max``, at least 1.
 
     Shape:
         (N, C, n, n) to (N, C, n, n).
@@ -316,12 +316,12 @@ class PRIME(nn.Module):
 
     @classmethod
     def imagenet(cls) -> 'PRIME':
-        """Settings published for ImageNet: 20 frequencies of colour, the first one of them random."""
+        """Return PRIME with the paper's settings for ImageNet: 20 colour frequencies from a random first one."""
         return cls(sigma=4.0, cut_max=500, color_temperature=0.05, color_terms=20, color_first_max=500)
 
     @classmethod
     def cifar(cls) -> 'PRIME':
-        """Settings published for 32x32 pixels: all frequencies of colour up to 100."""
+        """Return PRIME with the paper's settings for CIFAR, 32x32: all colour frequencies up to 100."""
         return cls(sigma=4.0, cut_max=100, color_temperature=0.01, color_terms=100, color_first_max=1)
 
     @torch.no_grad()
@@ -335,15 +335,15 @@ class PRIME(nn.Module):
 
         Args:
             shape: Shape of the images (N, C, n, n), n at least 2.
-            device: Where the images are.
-            generator: Source of all numbers, on any device, in place of PyTorch's global one for the CPU. What is
-                needed on another device comes from a generator there, seeded by this one.
+            device: Device of the images.
+            generator: Generator on any device; None for PyTorch's global one of the CPU. Numbers on another device come
+                from a generator there, which this one seeds.
 
         Returns:
             The draw, in float32.
 
         Raises:
-            ValueError: If the shape is not that of square images.
+            ValueError: If the images are not square.
         """
         # The displacement fields are defined on squares only.
         if len(shape) != 4 or shape[2] != shape[3] or shape[3] < 2:
@@ -352,7 +352,7 @@ class PRIME(nn.Module):
             )
         count, channels, _, size = shape
         device = torch.device(device)
-        # What the program has to know, so that it never waits for a GPU, is drawn on the CPU.
+        # The CPU draws the numbers that decide what runs, so that the program never waits for a GPU.
         host, local = _generator_on(torch.device('cpu'), generator), _generator_on(device, generator)
 
         depths = torch.randint(1, MAX_DEPTH + 1, (WIDTH, 1, count), generator=host)
@@ -360,7 +360,7 @@ class PRIME(nn.Module):
         families[torch.arange(MAX_DEPTH)[:, None] >= depths] = NO_STEP
         spectral, spatial, color = (int((families == family).sum()) for family in (SPECTRAL, SPATIAL, COLOR))
 
-        # Dirichlet(1, 1, 1) and Beta(1, 1): exponential numbers over their sum, and uniform numbers.
+        # Dirichlet(1, 1, 1): exponential numbers over their sum. Beta(1, 1): uniform numbers.
         weights = torch.empty(count, WIDTH, device=device).exponential_(generator=local)
         kernels = torch.randn(spectral, 3, 3, device=device, generator=local).mul_(self.sigma)
         kernels[:, 1, 1] += 1
@@ -382,7 +382,7 @@ class PRIME(nn.Module):
         lowest, highest = temperature_range(size, cuts)
         temperatures = lowest + (highest - lowest) * torch.rand(count, generator=host)
         fields = torch.empty(count, 2, size, size, device=device)
-        # Fields of similar cuts are made together: their modes are as many as the highest cut of them asks for.
+        # Fields of similar cuts are computed together, because the largest cut decides how many modes all of them get.
         for part in cuts.argsort().split(_FIELDS_AT_ONCE) if count else ():
             highest_mode = int(cuts[part[-1]])
             place, cut, temperature = (
@@ -404,7 +404,7 @@ class PRIME(nn.Module):
 
 
 def _generator_on(device: torch.device, generator: torch.Generator | None) -> torch.Generator | None:
-    """The generator itself on its own device (None: the global one on the CPU), elsewhere one that it seeds."""
+    """Return the generator on its own device (None: the global one of the CPU), elsewhere a generator it seeds."""
     home = torch.device('cpu') if generator is None else generator.device
     if device == home:
         return generator

@@ -1,4 +1,4 @@
-"""Benchmark of the push-pull networks: time and memory beside timm's networks and the published formulation."""
+"""Benchmark of the push-pull networks: time and memory beside timm's plain networks and the reference."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.models import create_model
+from timm.models import create_model, is_model, list_models
 from torch import Tensor
 
-from .timing import Comparison, compare
+from .timing import Comparison, check_device, compare
 
 __all__ = ['bench_networks']
 
@@ -25,29 +25,34 @@ def bench_networks(
     amp: bool = False,
     torchcompile: bool = False,
 ) -> Iterator[Comparison]:
-    """Compare push-pull networks with timm's, in both memory formats, inference and training.
+    """Compare push-pull networks with timm's plain networks, in both memory formats, inference and training.
 
-    The stem is compared alone too: convolution, BatchNorm, ReLU and max-pool. On a GPU the kernels of
-    :mod:`timm_pushpull.ops.triton` are measured, which do not run there unless they are asked for.
+    The stem (convolution, BatchNorm, ReLU and max-pool) of the first network is compared alone too. On a GPU this
+    measures the kernels of :mod:`timm_pushpull.ops.triton`, which are off there by default.
 
     Args:
-        networks: Names of timm's plain networks, whose push-pull ones are called ``pp_...``.
-        batch_size: Images at a time.
-        img_size: Their side, in pixels.
-        rounds: Alternations.
-        device: Where the networks run.
-        amp: In bfloat16 by autocast, instead of float32.
-        torchcompile: Compiled, instead of eager.
+        networks: Names of timm's plain networks; ``pp_`` and the name is the push-pull network.
+        batch_size: Images in a batch.
+        img_size: Side of the images, in pixels.
+        rounds: Number of rounds.
+        device: Device of the networks.
+        amp: Autocast to bfloat16; False for float32.
+        torchcompile: Compile the networks.
 
     Yields:
-        One comparison after the other.
+        Comparisons, each as soon as it is measured.
 
     Raises:
-        ValueError: If a number is not positive.
+        ValueError: If there is no such network or device, or if a number is not positive.
     """
     for argument, value in (('batch_size', batch_size), ('img_size', img_size), ('rounds', rounds)):
         if value < 1:
             raise ValueError(f'{argument} must be at least 1, got {value}.')
+    for name in networks:
+        if not is_model(f'pp_{name}'):
+            known = ', '.join(known.removeprefix('pp_') for known in list_models('pp_*', exclude_filters='*_cifar'))
+            raise ValueError(f'networks must be among {known}, got {name}.')
+    check_device(device)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     for name in networks:
         models: dict[str, Any] = {
@@ -55,23 +60,23 @@ def bench_networks(
             'ours': create_model(f'pp_{name}'),
             'reference': create_model(f'pp_{name}', alpha=0.5),
         }
-        for way, implementation in (('ours', 'fast'), ('reference', 'reference')):
-            models[way].conv1.implementation = implementation
-        parts = {'stem': {way: _Stem(model) for way, model in models.items()}} if name == networks[0] else {}
+        for version, implementation in (('ours', 'fast'), ('reference', 'reference')):
+            models[version].conv1.implementation = implementation
+        parts = {'stem': {version: _Stem(model) for version, model in models.items()}} if name == networks[0] else {}
         for what, modules in {**parts, name: models}.items():
             for memory_format in FORMATS:
                 for use in ('inference', 'training'):
-                    torch.compiler.reset()  # it compiles one piece of code for a limited number of networks only
+                    torch.compiler.reset()  # it compiles the same code for a limited number of networks only
                     calls = {
-                        way: _call(module, images, FORMATS[memory_format], use == 'training', amp, torchcompile)
-                        for way, module in modules.items()
+                        version: _call(module, images, FORMATS[memory_format], use == 'training', amp, torchcompile)
+                        for version, module in modules.items()
                     }
                     precision = 'bfloat16' if amp else 'float32'
                     yield compare(calls, device, rounds, what, use, memory_format, precision, torchcompile)
 
 
 class _Stem(nn.Module):
-    """What comes before the first stage of a network, alone."""
+    """The layers before the first stage of a network."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

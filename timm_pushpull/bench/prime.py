@@ -1,4 +1,4 @@
-"""Benchmark of PRIME: time and memory beside its plain formulation, over the least that any formulation takes."""
+"""Benchmark of PRIME: time and memory of ours and of the plain formulation, over a lower bound."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .timing import Comparison, compare
+from .timing import Comparison, check_device, compare
 from ..augment.prime import MAX_DEPTH, PRIME, WIDTH, temperature_range
 
 __all__ = ['bench_prime']
@@ -22,26 +22,27 @@ def bench_prime(
 ) -> Comparison:
     """Compare PRIME with its plain formulation, which applies every family to every image at every step.
 
-    Both are told over a floor: each step that PRIME draws for an image has to read and write it once, as a copy does.
-    The plain formulation does the work of the published implementation, where a step shares one displacement field
-    between all images: it has fewer fields to make. Times are of a whole call, the draw included.
+    Both are given over a lower bound: one copy of the image for each step that PRIME draws, since a step reads and
+    writes the image at least once. The plain formulation follows the original code, where the images of a step share
+    one displacement field, so it computes fewer fields. The times include the draw.
 
     Args:
-        batch_size: RGB images at a time.
+        batch_size: RGB images in a batch.
         img_size: Side of the images, in pixels.
-        rounds: Alternations.
-        device: Where the images are.
+        rounds: Number of rounds.
+        device: Device of the images.
         preset: ``'imagenet'`` or ``'cifar'``.
 
     Returns:
-        The comparison, with the floor for the plain network.
+        The comparison; the lower bound stands for the plain network.
 
     Raises:
-        ValueError: If the preset does not exist.
+        ValueError: If there is no such preset or device.
     """
     presets: dict[str, Callable[[], PRIME]] = {'imagenet': PRIME.imagenet, 'cifar': PRIME.cifar}
     if preset not in presets:
         raise ValueError(f'preset must be one of {", ".join(presets)}, got {preset!r}.')
+    check_device(device)
     prime = presets[preset]()
     images = torch.rand(batch_size, 3, img_size, img_size, device=device)
     steps = WIDTH * (1 + MAX_DEPTH) // 2  # of an image, on average
@@ -50,8 +51,8 @@ def bench_prime(
         for _ in range(steps):
             images.clone()
 
-    ways = {'plain': copy, 'ours': lambda: prime(images), 'reference': lambda: _plain_prime(prime, images)}
-    return compare(ways, device, rounds, f'PRIME, {preset}')
+    calls = {'plain': copy, 'ours': lambda: prime(images), 'reference': lambda: _plain_prime(prime, images)}
+    return compare(calls, device, rounds, f'PRIME, {preset}')
 
 
 @torch.no_grad()

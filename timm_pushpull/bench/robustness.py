@@ -1,4 +1,4 @@
-"""Benchmark of the evaluation: ratios of times measured in one run, alternately, in one process."""
+"""Benchmark of the evaluation: ratios of times, measured in turns in one process."""
 
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from timm.models import create_model
 from timm.utils import accuracy
 from tqdm import tqdm
 
-from .timing import Ratio, seconds
+from .timing import Ratio, check_device, seconds
 from ..robustness.data import open_stored
 from ..robustness.evaluate import evaluate_robustness
 
@@ -35,29 +35,30 @@ def bench_robustness(
 ) -> list[Ratio]:
     """Compare the evaluation with timm's ``validate.py``, and one run of two models with two runs.
 
-    - Stored pictures: the time of a whole call, from opening the folder to the summary, over that of what
-      ``validate.py`` does after it has built its model, on the same JPEG files.
-    - Generated corruptions, of the kinds that cost most: the time of one run of two small models over that of two.
+    - Stored corruptions: the time from opening the folder to the summary, over the time of ``validate.py`` after it
+      has built its model, on the same JPEG files.
+    - Generated corruptions, the slowest four: the time of one run of two small models over that of two runs.
 
     Args:
-        model: Name of a timm model; its weights are not loaded.
-        images: Pictures of the first comparison, at least 80; the second takes an eighth of them.
-        rounds: Alternations.
-        batch_size: Pictures at a time.
-        workers: Loader processes.
-        device: Where the models run.
+        model: Name of a timm model; its weights are random.
+        images: Images of the first comparison, at least 80; the second has an eighth of them.
+        rounds: Number of rounds.
+        batch_size: Images in a batch.
+        workers: Processes that load images.
+        device: Device of the models.
 
     Returns:
         The two ratios.
 
     Raises:
         ModuleNotFoundError: If imagecorruptions-imaug is not installed.
-        ValueError: If there are too few pictures to have one of each class in both comparisons.
+        ValueError: If there are too few images for one of each class in both comparisons, or no such device.
     """
     if images < 8 * CLASSES:
         raise ValueError(f'images must be at least {8 * CLASSES}, got {images}.')
+    check_device(device)
     network = create_model(model, num_classes=CLASSES).to(device).eval()
-    # Small ones, so that the corruptions take most of the time.
+    # Small models, so that the corruptions take most of the time.
     small = {name: create_model(SMALL, num_classes=CLASSES).to(device).eval() for name in ('one', 'other')}
     config = resolve_data_config({}, model=network)
     run: dict[str, Any] = dict(batch_size=batch_size, workers=workers, device=device)
@@ -68,10 +69,10 @@ def bench_robustness(
             _write_images(folder, count, config['input_size'][-1])
 
         def evaluate_stored() -> None:
-            pictures = open_stored(stored, ['fog'], [1])
+            images = open_stored(stored, ['fog'], [1])
             with tempfile.TemporaryDirectory() as results:
                 evaluate_robustness(
-                    {'one': network}, results, stored=pictures, corruptions=['fog'], severities=[1], **run
+                    {'one': network}, results, stored=images, corruptions=['fog'], severities=[1], **run
                 )
 
         def validate() -> None:
@@ -98,7 +99,7 @@ def bench_robustness(
                 progress.update()
     apart = [one + other for one, other in zip(times['one'], times['other'], strict=True)]
     return [
-        Ratio.of(f'stored pictures, {model}: timm-pushpull over validate.py', times['stored'], times['validate']),
+        Ratio.of(f'stored corruptions, {model}: timm-pushpull over validate.py', times['stored'], times['validate']),
         Ratio.of(f'generated corruptions, 2 x {SMALL}: one run over two runs', times['both'], apart),
     ]
 

@@ -1,4 +1,4 @@
-"""Time and memory of ways to do the same, measured alternately in one process and told as ratios."""
+"""Time and memory of several implementations, measured in turns in one process and given as ratios."""
 
 import contextlib
 import csv
@@ -15,35 +15,35 @@ from tqdm import tqdm
 
 from ..files import atomic_write
 
-__all__ = ['Comparison', 'Ratio', 'compare', 'peak_bytes', 'seconds', 'write_comparisons']
+__all__ = ['Comparison', 'Ratio', 'check_device', 'compare', 'peak_bytes', 'seconds', 'write_comparisons']
 
 
 class Comparison(NamedTuple):
-    """Three ways to do one thing: medians over the rounds of ratios within a round, and their range."""
+    """Ours and the reference over timm's plain network: median and range, over the rounds, of the ratios in a round."""
 
     what: str
     use: str
-    """``'inference'``, or ``'training'``: forward and backward, of PRIME the call."""
+    """``'inference'`` or ``'training'`` (forward and backward; for PRIME one call)."""
     memory_format: str
     precision: str
     compiled: bool
     plain_seconds: float
-    """Median time of timm's plain network, or of PRIME's floor."""
+    """Median time of the plain network, or of PRIME's floor."""
     time: float
-    """Time over that."""
+    """Time of ours over that of the plain network."""
     time_low: float
     time_high: float
     reference_time: float
-    """Time of the published formulation over that."""
+    """Time of the reference over that of the plain network."""
     reference_time_low: float
     reference_time_high: float
     memory: float
-    """Peak memory over that of the plain network or the floor."""
+    """Peak memory of ours over that of the plain network."""
     reference_memory: float
 
 
 class Ratio(NamedTuple):
-    """Times of two ways to do the same, in seconds, and their ratio: the median and the range of the rounds."""
+    """Times of two implementations, in seconds, and their ratio: median and range over the rounds."""
 
     name: str
     seconds: float
@@ -54,12 +54,12 @@ class Ratio(NamedTuple):
 
     @classmethod
     def of(cls, name: str, times: Sequence[float], reference_times: Sequence[float]) -> 'Ratio':
-        """Compare the times of the rounds, each with that of the reference in the same round.
+        """Compare the time of each round with the time of the reference in the same round.
 
         Args:
-            name: What is compared.
-            times: In seconds, one a round.
-            reference_times: The same of the reference.
+            name: Name of the comparison.
+            times: Times in seconds, one for each round.
+            reference_times: Times of the reference in seconds, one for each round.
 
         Returns:
             Medians and range.
@@ -82,7 +82,7 @@ class Ratio(NamedTuple):
 
 
 def compare(
-    ways: Mapping[str, Callable[[], Any]],
+    calls: Mapping[str, Callable[[], Any]],
     device: str | torch.device,
     rounds: int,
     what: str,
@@ -91,33 +91,33 @@ def compare(
     precision: str = 'float32',
     compiled: bool = False,
 ) -> Comparison:
-    """Measure three ways alternately, each round beginning with another one.
+    """Measure three calls in turns; each round starts with another call.
 
     Args:
-        ways: Calls, named ``'plain'``, ``'ours'`` and ``'reference'``.
-        device: Where they run.
-        rounds: Alternations.
-        what: For this and all that follow, see :class:`Comparison`.
-        use: What for.
-        memory_format: Of the images.
-        precision: That is computed in.
-        compiled: By ``torch.compile``.
+        calls: Calls named ``'plain'``, ``'ours'`` and ``'reference'``.
+        device: Device of the calls.
+        rounds: Number of rounds.
+        what: Network, or part of one.
+        use: ``'inference'`` or ``'training'``.
+        memory_format: ``'nchw'`` or ``'nhwc'``.
+        precision: Name of the data type.
+        compiled: True for calls compiled by ``torch.compile``.
 
     Returns:
         The comparison.
     """
-    memory = {way: peak_bytes(call, device) for way, call in ways.items()}  # the first calls: they warm up as well
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    order = list(ways)
+    memory = {name: peak_bytes(call, device) for name, call in calls.items()}  # also the warm-up
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
     for _ in tqdm(range(rounds), desc=' '.join((what, use, memory_format)), leave=False):
-        for way in order:
-            times[way].append(seconds(ways[way], device))
-        order = order[1:] + order[:1]  # what a call leaves in the caches is not always the same one's
-    ratios = (Ratio.of(way, times[way], times['plain']) for way in ('ours', 'reference'))
+        for name in order:
+            times[name].append(seconds(calls[name], device))
+        order = order[1:] + order[:1]  # so that no call always finds the caches of the same predecessor
+    ratios = (Ratio.of(name, times[name], times['plain']) for name in ('ours', 'reference'))
     return Comparison(
         *(what, use, memory_format, precision, compiled, float(np.median(times['plain']))),
         *(value for ratio in ratios for value in (ratio.median, ratio.low, ratio.high)),
-        *(memory[way] / memory['plain'] for way in ('ours', 'reference')),
+        *(memory[name] / memory['plain'] for name in ('ours', 'reference')),
     )
 
 
@@ -125,8 +125,8 @@ def write_comparisons(path: str | os.PathLike[str], comparisons: Sequence[Compar
     """Write comparisons as CSV.
 
     Args:
-        path: The file.
-        comparisons: One a line.
+        path: Path of the file.
+        comparisons: Comparisons, one for each line.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
@@ -135,12 +135,20 @@ def write_comparisons(path: str | os.PathLike[str], comparisons: Sequence[Compar
     atomic_write(path, text.getvalue().encode())
 
 
+def check_device(device: str | torch.device) -> None:
+    """Raise ``ValueError`` unless PyTorch can use the device."""
+    try:
+        torch.zeros(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f'device must be usable by PyTorch, {device} is not: {str(error).splitlines()[0]}') from None
+
+
 def seconds(work: Callable[[], Any], device: str | torch.device) -> float:
-    """Time one call, until the device has done what it was given.
+    """Time one call, until the device has finished its work.
 
     Args:
-        work: What is timed.
-        device: Where it runs.
+        work: Call to time.
+        device: Device of the call.
 
     Returns:
         Seconds.
@@ -153,12 +161,12 @@ def seconds(work: Callable[[], Any], device: str | torch.device) -> float:
 
 
 def peak_bytes(work: Callable[[], Any], device: str | torch.device) -> int:
-    """Measure the most memory that one call holds at a time beside what is there before.
+    """Measure the peak memory of one call, beyond the memory in use before it.
 
     Args:
-        work: What is measured.
-        device: Where it runs. On a GPU it is the peak that PyTorch's allocator counts; on the CPU the highest sum of
-            what the allocator gave out and took back, from the events of PyTorch's profiler.
+        work: Call to measure.
+        device: Device of the call. On a GPU PyTorch's allocator counts the peak; on a CPU it is the largest running sum
+            of the allocations and releases that PyTorch's profiler records.
 
     Returns:
         Bytes.
@@ -181,7 +189,7 @@ def peak_bytes(work: Callable[[], Any], device: str | torch.device) -> int:
 
 @contextlib.contextmanager
 def _silent_libraries() -> Iterator[None]:
-    """Send standard error nowhere, below Python: the profiler's library tells there when it starts and stops."""
+    """Discard standard error, below Python: the profiler's library writes there when it starts and stops."""
     kept = os.dup(2)
     with open(os.devnull, 'wb') as nowhere:
         os.dup2(nowhere.fileno(), 2)

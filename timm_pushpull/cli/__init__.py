@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from . import bench, demo, figures, hub, import_original, recipes, report, robustness
 from .arguments import Parser
 
-__all__ = ['main']
+__all__ = ['build_parser', 'main']
 
 COMMANDS = (demo, robustness, report, recipes, figures, import_original, hub, bench)
 
@@ -21,19 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 2 after one line that says what is wrong; 130 after an interruption.
     """
-    from .. import __version__
-
-    parser = Parser(
-        prog='timm-pushpull',
-        description='Push-pull networks for timm: train them, measure their robustness, publish their weights.',
-        epilog='timm-pushpull COMMAND --help explains a command.',
-    )
-    parser.add_argument('--version', action='version', version=__version__)
-    commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
-    for command in COMMANDS:
-        command.add_to(commands)
-
-    args: argparse.Namespace = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -47,3 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'timm-pushpull: {message}', file=sys.stderr)
         return 2
     return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line, whose result has the command's function as ``run``."""
+    from .. import __version__
+
+    parser = Parser(
+        prog='timm-pushpull',
+        description='Push-pull networks for timm: train them, measure their robustness, publish their weights.',
+        epilog='timm-pushpull COMMAND --help explains a command.',
+    )
+    parser.add_argument('--version', action='version', version=__version__)
+    commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
+    for command in COMMANDS:
+        command.add_to(commands)
+    return parser

@@ -89,7 +89,9 @@ def _print_comparisons(args: argparse.Namespace, comparisons: Iterator[Any]) -> 
     last = None
     for row in comparisons:
         if not found:
-            print("Median time (range) of ours and of the reference, and peak memory of both, over timm's plain network.")
+            print(
+                "Median time (range) of ours and of the reference, and peak memory of both, over timm's plain network."
+            )
             print('PRIME: over one copy of each image for each step that PRIME draws. nhwc is channels_last.')
         found.append(row)
         title = f'{row.precision}, {"compiled" if row.compiled else "eager"}'

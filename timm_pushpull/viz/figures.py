@@ -1,14 +1,6 @@
-"""What a push-pull unit sees: its kernels, its answer to an edge in noise, its spectra, its inhibition strengths.
+"""Figures of the push-pull unit of a model, after figures 3 to 5 of the paper.
 
-For each of the four, :func:`draw_figures` writes a picture and the numbers that it shows:
-
-- ``kernels``: push kernels and their pull kernels;
-- ``edge``: responses to a vertical edge in Gaussian noise, and their signal-to-noise ratio;
-- ``spectra``: Fourier spectra of the kernels and of their linear combinations;
-- ``alpha``: the distribution of the inhibition strength.
-
-Paper: `PushPull-Net: Inhibition-driven ResNet robust to image corruptions` - https://arxiv.org/abs/2408.04077, whose
-figures 3 to 5 they follow.
+Paper: `PushPull-Net: Inhibition-driven ResNet robust to image corruptions` - https://arxiv.org/abs/2408.04077
 """
 
 import csv
@@ -22,33 +14,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..drawing import COLORS, new_figure, to_png
 from ..files import atomic_write
 from ..layers.push_pull import PushPullConv2d
-from ..ops.push_pull import push_pull_conv2d
-from ..ops.reference import pull_kernels
+from ..ops.reference import PullKernel, pull_kernels
+from .responses import edge_responses, snr_db
+from .spectra import combined_spectrum, radial_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['combined_spectrum', 'draw_figures', 'edge_responses', 'radial_mean', 'snr_db']
+__all__ = ['draw_figures']
 
 KERNELS = 5
-PICTURE_SIZE = 64
+IMAGE_SIZE = 64
 EDGE_WIDTH = 5
 NOISE_STDS = tuple(step / 10 for step in range(11))
 NOISE_DRAWS = 16
 SHOWN_NOISE_STD = 0.5
-SPECTRUM_SIZE = 32
 SPECTRUM_ALPHAS = (0.5, 1.0, 2.0, 4.0)
 SPECTRUM_WINDOWS = (0, 3, 5)
 RESPONSES = ('push', 'pull', 'push-pull')
 
 BLUE, VERMILION, _, _, BLACK, ORANGE, SKY = COLORS
-# Push is a broad band, as push-pull lies upon it where the inhibition is weak.
+# Push is a broad band: where the inhibition is weak, push-pull lies on top of it.
 LINES: dict[str, dict[str, Any]] = {
     'push': {'color': SKY, 'linewidth': 5},
     'pull': {'color': ORANGE, 'linestyle': '--', 'marker': 's', 'markersize': 5},
@@ -57,30 +48,29 @@ LINES: dict[str, dict[str, Any]] = {
 
 
 def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0) -> list[Path]:
-    """Draw what the first push-pull unit of a model sees, and write the numbers beside the pictures.
+    """Draw the first push-pull unit of a model, and write the numbers of each figure beside it.
 
     The files are ``kernels``, ``edge``, ``spectra`` and ``alpha``, each as ``.png`` and as ``.csv``.
 
-    - ``kernels``: the five filters whose values spread widest (max - min over the whole filter), of each the channel
-      that spreads widest, in the grey scale from the kernel's least value to its greatest. The table holds all the
-      channels.
-    - ``edge``: the :func:`edge_responses` of one filter. The picture is 64 pixels wide and high, 0 with a bar of 1, 5
-      pixels wide, the same in every channel; to each pixel and channel Gaussian noise is added, and not clipped. A_s is
-      the mean response over the bar, A_n the mean over all else, each over 16 draws of the noise, and :func:`snr_db`
-      their ratio. The picture goes on beyond what is measured, so that no response is one to its border. The filter is,
-      of the half with the greatest alpha, the one that best tells the bar from even light and from noise, of greatest
-      ``A_s / (A_u + |W|)``: A_s its push response to the bar without noise, A_u that to the bar's brightness
-      everywhere, ``|W|`` its Euclidean norm, the std of its response to unit noise; the pull response has no part in
-      the choice. A ratio that is infinite is ``inf`` in the table, one that does not exist is empty, and neither is
-      drawn.
-    - ``spectra``: :func:`combined_spectrum` of the push kernels (alpha 0), of the pull kernels, and of combinations for
-      several alpha and windows; the table holds their :func:`radial_mean`.
+    - ``kernels``: the five filters with the largest range of values (max - min over the filter), each by the channel
+      with the largest range. Grey goes from the filter's minimum to its maximum. The table has all channels.
+    - ``edge``: the responses (:func:`~timm_pushpull.viz.responses.edge_responses`) of one filter to a bar of value 1, 5
+      pixels wide, on a background of 0, in an image of 64x64 pixels, the same in all channels, plus Gaussian noise. A_s
+      is the mean response over the bar, A_n the mean over the rest, each over 16 draws of the noise, and
+      :func:`~timm_pushpull.viz.responses.snr_db` is their ratio. The image extends beyond the measured part, so that no
+      response is a response to the border. Among the half of the filters with the largest alpha, the filter with the
+      largest ``A_s / (A_u + |W|)`` is drawn: A_s is its push response to the bar without noise, A_u that to an even
+      image of value 1, and the Euclidean norm ``|W|`` the standard deviation of its response to unit noise. An infinite
+      ratio is ``inf`` in the table, an undefined ratio is empty; neither is drawn.
+    - ``spectra``: :func:`~timm_pushpull.viz.spectra.combined_spectrum` of the push kernels (alpha 0), of the pull
+      kernels, and of combinations for several alpha and windows. The table has their radial means.
     - ``alpha``: the inhibition strength of each channel.
 
     Args:
-        model: Model with a :class:`~timm_pushpull.PushPullConv2d`, on any device and of any data type; left as it is.
-        folder: Where the files go, made if it does not exist.
-        seed: Number of the draws of the noise.
+        model: Model with a :class:`~timm_pushpull.PushPullConv2d`, on any device and of any data type. The model stays
+            as it is.
+        folder: Folder of the files, made if it does not exist.
+        seed: Seed of the noise.
 
     Returns:
         Paths of the files.
@@ -108,113 +98,7 @@ def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0
     return written
 
 
-def snr_db(edge: float, background: float) -> float | None:
-    """Signal-to-noise ratio ``20 * log10(A_s / A_n)``.
-
-    Args:
-        edge: A_s, the mean rectified response over the edge; 0 or more.
-        background: A_n, the mean rectified response over the background; 0 or more.
-
-    Returns:
-        Decibels; ``inf`` where only the background is silent, ``-inf`` where only the edge is, None where both are.
-    """
-    if background == 0:
-        return math.inf if edge > 0 else None
-    return 20 * math.log10(edge / background) if edge > 0 else -math.inf
-
-
-def edge_responses(
-    pictures: Tensor,
-    weight: Tensor,
-    alpha: float | Tensor,
-    dilation: tuple[int, int] = (1, 1),
-    avg_pool_size: int = 3,
-    pull_kernel: str = 'inverted',
-) -> dict[str, Tensor]:
-    """Rectified responses to pictures at stride 1, of the pictures' size.
-
-    With P and Q the push and the averaged pull response: ``relu(P)``, ``relu(Q)``, and
-    ``relu(relu(P) - alpha * relu(Q))`` as after the ReLU that follows the unit in a network, the bias and the
-    normalisation between the two left out.
-
-    Args:
-        pictures: (N, C, H, W).
-        weight: Push kernels (O, C, kh, kw).
-        alpha: Inhibition strength, one number or one for each filter (O,).
-        dilation: Spacing between kernel elements, down and across, in pixels.
-        avg_pool_size: Side of the window that averages the pull response, in pixels; 0 for no averaging.
-        pull_kernel: As for :func:`~timm_pushpull.push_pull_conv2d`.
-
-    Returns:
-        ``push``, ``pull`` and ``push-pull``, each (N, O, H, W). Within half a kernel and half a window
-        from the border they come in part from the zeros around the picture.
-    """
-    down, across = ((size - 1) * step for size, step in zip(weight.shape[2:], dilation, strict=True))
-    padded = F.pad(pictures, (across // 2, across - across // 2, down // 2, down - down // 2))
-
-    def respond(strength: float | Tensor) -> Tensor:
-        return push_pull_conv2d(
-            padded, weight, strength, dilation=dilation, avg_pool_size=avg_pool_size, pull_kernel=pull_kernel
-        )
-
-    push = respond(0.0)
-    # The unit gives relu(P) - alpha * relu(Q) only; at alpha 1 the pull response is what it lacks of relu(P).
-    return {'push': push, 'pull': push - respond(1.0), 'push-pull': respond(alpha).relu()}
-
-
-def combined_spectrum(
-    push: Tensor, pull: Tensor, alpha: float, window: int, dilation: tuple[int, int] = (1, 1)
-) -> np.ndarray:
-    r"""Mean over the filters of the Fourier magnitude of :math:`W - \alpha \operatorname{avg}_a(K)`.
-
-    .. math::
-        \frac{1}{O} \sum_o \Big| \sum_c \hat W_{oc}(f) - \alpha D_a(f_y) D_a(f_x) \hat K_{oc}(f) \Big|,
-        \qquad D_a(f) = \frac{1}{a} \sum_{j=-(a-1)/2}^{(a-1)/2} \cos(2 \pi f j)
-
-    The sum over the channels makes it the gain for a grey grating of frequency f, the same in every channel. The unit
-    rectifies P and Q before it combines them, which is not linear and has no spectrum: it is left out here.
-
-    Args:
-        push: Push kernels W (O, C, kh, kw).
-        pull: Pull kernels K, of the same shape.
-        alpha: Inhibition strength.
-        window: Side a of the averaging window, an odd number of pixels; 0 for no averaging (D = 1).
-        dilation: Spacing between kernel elements, down and across, in pixels.
-
-    Returns:
-        Magnitudes (size, size), the frequency 0 in place [size // 2, size // 2], frequencies
-        ``numpy.fft.fftshift(numpy.fft.fftfreq(size))`` cycles per pixel; size is 32, or the extent of a larger kernel.
-    """
-    extent = [(side - 1) * step + 1 for side, step in zip(push.shape[2:], dilation, strict=True)]
-    size = max(SPECTRUM_SIZE, *extent)
-    transforms = []
-    for kernels in (push, pull):
-        spread = np.zeros((len(kernels), *extent))
-        spread[:, :: dilation[0], :: dilation[1]] = kernels.double().sum(1).numpy()
-        transforms.append(np.fft.fft2(spread, (size, size)))
-    offsets = np.arange(window) - (window - 1) / 2
-    average = np.cos(2 * np.pi * np.outer(np.fft.fftfreq(size), offsets)).mean(1) if window else np.ones(size)
-    combined = transforms[0] - alpha * np.outer(average, average) * transforms[1]
-    return np.fft.fftshift(np.abs(combined).mean(0))
-
-
-def radial_mean(spectrum: np.ndarray) -> np.ndarray:
-    """Mean of a spectrum over rings around the frequency 0.
-
-    Args:
-        spectrum: Magnitudes (size, size), as :func:`combined_spectrum` gives them.
-
-    Returns:
-        Means for the frequencies 0, 1 / size, 2 / size, ... up to 0.5 cycles per pixel, each over the ring of width
-        1 / size. The corners, of higher frequencies, are left out.
-    """
-    size = len(spectrum)
-    places = np.arange(size) - size // 2
-    ring = np.rint(np.hypot(places[:, None], places)).astype(int)
-    return np.array([spectrum[ring == radius].mean() for radius in range(size // 2 + 1)])
-
-
-_Drawn = tuple['Figure', Sequence[str], Iterable[Sequence[Any]]]  # the picture, and the columns and rows of its table
+_Drawn = tuple['Figure', Sequence[str], Iterable[Sequence[Any]]]  # figure, columns and rows of its table
 
 
 def _first_unit(model: nn.Module) -> tuple[str, PushPullConv2d]:
@@ -265,21 +149,21 @@ def _kernels(weight: Tensor, pull: Tensor) -> _Drawn:
 
 
 def _reach(weight: Tensor, dilation: tuple[int, int], avg_pool_size: int) -> int:
-    """Distance up to which a pixel has a part in the averaged pull response, in pixels."""
+    """Return the largest distance at which a pixel changes the averaged pull response, in pixels."""
     return max(size * step for size, step in zip(weight.shape[2:], dilation, strict=True)) // 2 + avg_pool_size // 2
 
 
 def _edge(
-    weight: Tensor, alpha: Tensor, dilation: tuple[int, int], avg_pool_size: int, pull_kernel: str, seed: int
+    weight: Tensor, alpha: Tensor, dilation: tuple[int, int], avg_pool_size: int, pull_kernel: PullKernel, seed: int
 ) -> _Drawn:
-    # The picture is wider than what is measured and shown, as zeros around a picture make an edge of their own.
+    # The image is larger than its measured part, because zero padding would make an edge of its own.
     margin = _reach(weight, dilation, avg_pool_size)
-    size = PICTURE_SIZE + 2 * margin
+    size = IMAGE_SIZE + 2 * margin
     first = (size - EDGE_WIDTH) // 2
     on_edge = torch.zeros(size, dtype=torch.bool, device='cpu')
     on_edge[first : first + EDGE_WIDTH] = True
-    # Every group of input channels sees the same picture, so that the groups need not be told apart. A background of 0
-    # is the mean grey of a normalised picture.
+    # All groups of channels see the same image, so groups need no special case. A background of 0 is the mean grey of a
+    # normalized image.
     clean = on_edge.float().expand(1, weight.shape[1], size, size)
     generator = torch.Generator('cpu').manual_seed(seed)
     shape = (NOISE_DRAWS, weight.shape[1], size, size)
@@ -298,23 +182,23 @@ def _edge(
     shown: dict[str, Tensor] = {}
     kernel, strength = weight[number : number + 1], alpha[number : number + 1]
     for noise_std in NOISE_STDS:
-        pictures = clean + noise_std * noise
-        maps = edge_responses(pictures, kernel, strength, dilation, avg_pool_size, pull_kernel)
+        images = clean + noise_std * noise
+        maps = edge_responses(images, kernel, strength, dilation, avg_pool_size, pull_kernel)
         for name in RESPONSES:
             response = inner(maps[name])
             amplitudes = [response[..., place].mean().item() for place in (inner_on_edge, ~inner_on_edge)]
             rows.append((number, noise_std, name, *amplitudes, snr_db(*amplitudes)))
         if noise_std == SHOWN_NOISE_STD:
-            shown = {'input': inner(pictures)[0, 0], **{name: inner(maps[name])[0, 0] for name in RESPONSES}}
+            shown = {'input': inner(images)[0, 0], **{name: inner(maps[name])[0, 0] for name in RESPONSES}}
 
     figure = new_figure(4.8)
     grid = figure.add_gridspec(2, 1, height_ratios=(1, 1.7), hspace=0.08)
     axes = grid[0].subgridspec(1, len(shown)).subplots(squeeze=False)[0]
     brightest = max(shown[name].max().item() for name in RESPONSES)
     snr = {(noise_std, name): value for _, noise_std, name, _, _, value in rows}
-    for axis, (name, picture) in zip(axes, shown.items(), strict=True):
+    for axis, (name, image) in zip(axes, shown.items(), strict=True):
         low, high = (-1, 2) if name == 'input' else (0, brightest)
-        axis.imshow(picture.numpy(), cmap='gray', vmin=low, vmax=high)
+        axis.imshow(image.numpy(), cmap='gray', vmin=low, vmax=high)
         below = f'noise std {SHOWN_NOISE_STD}' if name == 'input' else _decibels(snr[SHOWN_NOISE_STD, name])
         axis.set(xticks=[], yticks=[], title=name, xlabel=below)
     axis = figure.add_subplot(grid[1])
@@ -353,7 +237,7 @@ def _spectra(weight: Tensor, pull: Tensor, dilation: tuple[int, int]) -> _Drawn:
 
     figure = new_figure(8.2)
     axes = figure.subplots(1 + len(SPECTRUM_ALPHAS), len(SPECTRUM_WINDOWS), sharex=True, sharey=True)
-    # One scale for all: from the gain that 2% fall short of, as the spectra have zeros, to the greatest.
+    # One scale for all: from the 2% quantile, because the spectra have zeros, to the largest gain.
     least, greatest = np.percentile(list(spectra.values()), (2, 100))
     greatest = greatest or 1.0
     scale = LogNorm(max(least, greatest / 10_000), greatest, clip=True)
