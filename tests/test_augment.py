@@ -149,3 +149,19 @@ def test_under_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
     torch.testing.assert_close(augmentation.seen, pixels, rtol=0, atol=1e-5)
     assert model[0].weight.grad.abs().sum() > 0
+
+
+def test_the_clean_split_stays_clean():
+    """As train.py --aug-splits 3 lays out a batch: first all clean images, then their augmented versions."""
+    model, augmentation = Show(), Negative()
+    augment_in_training(model.train(), augmentation, splits=3)
+    pixels, normalized = (torch.cat([each, each, each[:1]])[:6] for each in batch())
+    output = model(normalized)
+    assert torch.equal(output[:2], normalized[:2])
+    torch.testing.assert_close(augmentation.seen, pixels[2:], rtol=0, atol=1e-5)
+    assert not torch.allclose(output[2:], normalized[2:])
+    with pytest.raises(ValueError, match='augment_splits must divide the batch of 5 images, got 3'):
+        model(normalized[:5])
+    for splits in (0, 2.5, '3'):
+        with pytest.raises(ValueError, match='augment_splits must be a positive integer'):
+            timm.create_model('pp_resnet18', augment='prime', augment_splits=splits)

@@ -74,3 +74,40 @@ def test_plain_weights_load_into_a_converted_model():
     converted = convert_to_push_pull(timm.create_model('resnet18'))
     assert converted.load_state_dict(plain.state_dict()).missing_keys == []
     assert torch.equal(converted.conv1.weight, plain.conv1.weight)
+
+
+def test_hooks_of_all_kinds_flags_and_modes_move_along():
+    model = timm.create_model('resnet18', num_classes=3).eval()
+    conv, seen = model.conv1, []
+    conv.requires_grad_(False)
+    handles = [
+        conv.register_forward_pre_hook(lambda module, inputs, kwargs: seen.append('pre'), with_kwargs=True),
+        conv.register_forward_hook(lambda module, inputs, kwargs, output: seen.append('post'), with_kwargs=True),
+        conv.register_forward_hook(lambda module, inputs, output: seen.append('always'), always_call=True),
+        conv.register_full_backward_hook(lambda module, inputs, outputs: seen.append('backward')),
+        conv.register_full_backward_pre_hook(lambda module, outputs: seen.append('before backward')),
+        conv.register_state_dict_pre_hook(lambda module, prefix, keep_vars: seen.append('saved')),
+        conv.register_load_state_dict_post_hook(lambda module, keys: seen.append('loaded')),
+    ]
+    unit = convert_to_push_pull(model).conv1
+    assert isinstance(unit, PushPullConv2d) and not unit.training
+    assert not unit.weight.requires_grad and not unit.alpha.requires_grad
+    x = torch.randn(1, 3, 32, 32, requires_grad=True)
+    model(x).sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert seen == ['pre', 'post', 'always', 'before backward', 'backward', 'saved', 'loaded']
+    for handle in handles:
+        handle.remove()
+    model(x).sum().backward()
+    assert len(seen) == 7
+
+
+def test_what_cannot_move_is_refused():
+    model = timm.create_model('resnet18')
+    model.conv1.forward = lambda x: x
+    with pytest.raises(ValueError, match='somebody replaced the forward of conv1'):
+        convert_to_push_pull(model)
+    model = timm.create_model('resnet18')
+    torch.nn.utils.parametrize.register_parametrization(model.conv1, 'weight', nn.Identity())
+    with pytest.raises(ValueError, match='conv1 is a ParametrizedConv2d'):
+        convert_to_push_pull(model)

@@ -97,7 +97,7 @@ STEMS = {
 def test_an_original_checkpoint_gives_equal_logits(stem, way, tmp_path):
     make_stem, hyper_parameters, model_args = STEMS[stem]
     path = tmp_path / 'last.ckpt'
-    theirs = save_original(make_stem(), path, ckpt=pathlib.Path('/data/last.ckpt').absolute(), **hyper_parameters)
+    theirs = save_original(make_stem(), path, **hyper_parameters)
     ours = create('pp_resnet18', path, way, num_classes=10, **model_args)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
@@ -110,10 +110,12 @@ def test_original_settings_are_read(stem, tmp_path):
     objects = dict(
         augmentation=nn.Sequential(nn.Dropout(0.5)), logger=datetime.timedelta(days=2), ns=SimpleNamespace(a=1)
     )
+    objects['folder'] = pathlib.Path('/data')
     theirs = save_original(make_stem(), tmp_path / 'last.ckpt', **hyper_parameters, **objects)
     checkpoint = read_original_checkpoint(tmp_path / 'last.ckpt')
     assert checkpoint.architecture == 'pp_resnet18'
     assert model_args.items() <= checkpoint.model_args.items()
+    assert any(name.startswith('pathlib') for name in checkpoint.left_out)
     assert {'datetime.timedelta', 'torch.nn.modules.container.Sequential', 'types.SimpleNamespace'} <= set(
         checkpoint.left_out
     )

@@ -254,8 +254,8 @@ def test_alpha_and_state_dict():
     assert PushPullConv2d(3, 2, 1, alpha=2).alpha.tolist() == [2.0, 2.0]
     assert PushPullConv2d(3, 2, 1, alpha=[1, 3]).alpha.tolist() == [1.0, 3.0]
     fixed = PushPullConv2d(3, 2, 1, bias=False, alpha=2, trainable_alpha=False)
-    assert fixed.alpha == 2 and list(fixed.state_dict()) == ['weight']
-    assert set(PushPullConv2d(3, 2, 1).state_dict()) == {'weight', 'bias', 'alpha'}
+    assert fixed.alpha == 2 and list(fixed.state_dict()) == ['weight', 'settings']
+    assert set(PushPullConv2d(3, 2, 1).state_dict()) == {'weight', 'bias', 'alpha', 'settings'}
     on_meta = PushPullConv2d(3, 2, 1, alpha=0.25, device='meta').to_empty(device='cpu')
     on_meta.reset_parameters()
     assert on_meta.alpha.tolist() == [0.25, 0.25]
@@ -351,6 +351,7 @@ def train_on_a_share(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     torch.multiprocessing.spawn(train_on_a_share, (str(tmp_path),), nprocs=2)
     layer, x = layer_and_input()

@@ -79,6 +79,17 @@ def test_modules_that_the_chunks_do_not_know_run_one_by_one(chunks):
     assert len(chunks) == 1 and model.conv1.weight.grad is not None
 
 
+def test_a_bias_of_the_convolution(chunks):
+    conv, norm = PushPullConv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8)
+    with torch.no_grad():
+        for numbers in (conv.bias, norm.weight, norm.bias, norm.running_mean):
+            numbers.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    stem = torch.nn.Sequential(conv, norm, torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1)).eval()
+    x = torch.randn(3, 3, 20, 18)
+    torch.testing.assert_close(stem_module.stem_in_chunks(list(stem), x), stem(x), rtol=1e-4, atol=1e-5)
+
+
 def local_hook(module, seen):
     return module.register_forward_hook(lambda module, inputs, output: seen.append(output))
 

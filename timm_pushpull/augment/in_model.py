@@ -6,10 +6,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..errors import InputError
+
 __all__ = ['augment_in_training']
 
 
-def augment_in_training(model: nn.Module, augmentation: nn.Module) -> None:
+def augment_in_training(model: nn.Module, augmentation: nn.Module, splits: int = 1) -> None:
     """Make a model augment its batches in training mode: undo the normalization, augment, normalize again.
 
     The mean and std are those of ``model.pretrained_cfg``, which timm's loaders use. The first batch is checked: with
@@ -19,13 +21,18 @@ def augment_in_training(model: nn.Module, augmentation: nn.Module) -> None:
     Args:
         model: Model of timm.
         augmentation: Maps images (N, C, H, W) in [0, 1] to augmented images.
+        splits: Number of ``train.py --aug-splits``. The first split of a batch then stays as it is: it holds the clean
+            images of the consistency loss. 1 augments the whole batch.
     """
-    model.register_forward_pre_hook(_AugmentInTraining(augmentation))
+    if not isinstance(splits, int) or splits < 1:
+        raise InputError(f'augment_splits must be a positive integer, got {splits!r}.')
+    model.register_forward_pre_hook(_AugmentInTraining(augmentation, splits))
 
 
 class _AugmentInTraining:
-    def __init__(self, augmentation: nn.Module) -> None:
+    def __init__(self, augmentation: nn.Module, splits: int) -> None:
         self._augmentation = augmentation
+        self._splits = splits
         self._checked = False
 
     def __call__(self, model: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -37,16 +44,20 @@ class _AugmentInTraining:
     @torch.no_grad()
     def _augment(self, batch: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
         if batch.shape[1] != len(mean):
-            raise ValueError(f'augment needs a mean and a std for each of {batch.shape[1]} channels, got mean={mean}.')
+            raise InputError(f'augment needs a mean and a std for each of {batch.shape[1]} channels, got mean={mean}.')
         shift, scale = (batch.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
         images = batch.float() * scale + shift
         if not self._checked:
             _check_pixels(images, batch.dtype, mean, std)
             self._checked = True
-        augmented = (self._augmentation(images.clamp(0, 1)) - shift) / scale
+        if len(batch) % self._splits:
+            raise InputError(f'augment_splits must divide the batch of {len(batch)} images, got {self._splits}.')
+        clean = len(batch) // self._splits if self._splits > 1 else 0
+        augmented = (self._augmentation(images[clean:].clamp(0, 1)) - shift) / scale
+        augmented = torch.cat((batch[:clean], augmented.to(batch.dtype)))
         channels_last = batch.is_contiguous(memory_format=torch.channels_last)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return augmented.to(batch.dtype, memory_format=memory_format)
+        return augmented.contiguous(memory_format=memory_format)
 
 
 def _check_pixels(images: Tensor, dtype: torch.dtype, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -56,7 +67,7 @@ def _check_pixels(images: Tensor, dtype: torch.dtype, mean: tuple[float, ...], s
     levels = images * 255
     pixels = (levels - levels.round()).abs() < 0.02 if fine else (levels > -2) & (levels < 257)
     if pixels.float().mean() < 0.5:
-        raise ValueError(
+        raise InputError(
             f'augment needs the mean and std that the loader used: with those of the model, mean={mean} and std={std}, '
             'the batch does not hold 8-bit pixels. Leave --mean and --std out, or give the model the same values by '
             '--model-kwargs "pretrained_cfg_overlay=dict(mean=..., std=...)". Mixup needs the prefetcher.'

@@ -19,6 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import InputError
+
 __all__ = [
     'PRIME',
     'PrimeDraw',
@@ -34,6 +36,7 @@ __all__ = [
 WIDTH = 3  # chains of an image
 MAX_DEPTH = 3  # steps of a chain
 SPECTRAL, SPATIAL, COLOR = range(3)
+FLOAT = torch.float32  # of every draw, whatever the program's default is
 NO_STEP = -1
 
 # Displacement fields in one step: at most 32 MB of mode variances, and enough work for a GPU.
@@ -109,11 +112,11 @@ def mode_deviations(cuts: Tensor, highest: int, size: int) -> Tensor:
     alias = torch.remainder(number, period)
     alias = torch.minimum(alias, period - alias)
     modes = torch.arange(1, min(highest, size - 2) + 1, device=cuts.device)
-    fold = (alias[:, None] == modes).float()
+    fold = (alias[:, None] == modes).to(FLOAT)
     square = number**2 + number[:, None] ** 2
-    inside = square < (cuts.view(-1, 1, 1) + 0.5) ** 2
+    inside = square < (cuts.to(FLOAT).view(-1, 1, 1) + 0.5) ** 2
     with torch.autocast(cuts.device.type, enabled=False):
-        return (fold.mT @ (inside / square) @ fold).sqrt()
+        return (fold.mT @ (inside.to(FLOAT) / square) @ fold).sqrt()
 
 
 def displacement_fields(modes: Tensor, deviations: Tensor, temperatures: Tensor, size: int) -> Tensor:
@@ -240,10 +243,10 @@ def apply_prime(images: Tensor, draw: PrimeDraw) -> Tensor:
         ValueError: If the images are not floating-point numbers, or if the draw is for another shape.
     """
     if not images.is_floating_point():
-        raise ValueError(f'images must be floating-point numbers in [0, 1], got {images.dtype}: divide them by 255.')
+        raise InputError(f'images must be floating-point numbers in [0, 1], got {images.dtype}: divide them by 255.')
     drawn_for = (draw.families.shape[2], draw.coefficients.shape[1], *draw.displacements.shape[2:])
     if tuple(images.shape) != drawn_for:
-        raise ValueError(f'draw must be for images of shape {tuple(images.shape)}, got one for {drawn_for}.')
+        raise InputError(f'draw must be for images of shape {tuple(images.shape)}, got one for {drawn_for}.')
 
     clean = images.to(torch.promote_types(images.dtype, torch.float32)).contiguous()
     draw = PrimeDraw(draw.families, *(numbers.to(clean.device) for numbers in draw[1:]))
@@ -307,7 +310,7 @@ class PRIME(nn.Module):
             ('color_first_max', color_first_max, 1),
         ):
             if not lowest <= value < math.inf:
-                raise ValueError(f'{name} must be a finite number, at least {lowest}, got {value}.')
+                raise InputError(f'{name} must be a finite number, at least {lowest}, got {value}.')
         self.sigma = sigma
         self.cut_max = cut_max
         self.color_temperature = color_temperature
@@ -347,41 +350,43 @@ class PRIME(nn.Module):
         """
         # The displacement fields are defined on squares only.
         if len(shape) != 4 or shape[2] != shape[3] or shape[3] < 2:
-            raise ValueError(
+            raise InputError(
                 f'images must be square, of shape (N, C, n, n) with n at least 2, got {tuple(shape)}: crop them first.'
             )
         count, channels, _, size = shape
         device = torch.device(device)
         # The CPU draws the numbers that decide what runs, so that the program never waits for a GPU.
         host, local = _generator_on(torch.device('cpu'), generator), _generator_on(device, generator)
+        on_host: dict[str, Any] = dict(device='cpu', generator=host)
+        on_device: dict[str, Any] = dict(device=device, generator=local)
 
-        depths = torch.randint(1, MAX_DEPTH + 1, (WIDTH, 1, count), generator=host)
-        families = torch.randint(0, 3, (WIDTH, MAX_DEPTH, count), generator=host)
-        families[torch.arange(MAX_DEPTH)[:, None] >= depths] = NO_STEP
+        depths = torch.randint(1, MAX_DEPTH + 1, (WIDTH, 1, count), **on_host)
+        families = torch.randint(0, 3, (WIDTH, MAX_DEPTH, count), **on_host)
+        families[torch.arange(MAX_DEPTH, device='cpu')[:, None] >= depths] = NO_STEP
         spectral, spatial, color = (int((families == family).sum()) for family in (SPECTRAL, SPATIAL, COLOR))
 
         # Dirichlet(1, 1, 1): exponential numbers over their sum. Beta(1, 1): uniform numbers.
-        weights = torch.empty(count, WIDTH, device=device).exponential_(generator=local)
-        kernels = torch.randn(spectral, 3, 3, device=device, generator=local).mul_(self.sigma)
+        weights = torch.empty(count, WIDTH, dtype=FLOAT, device=device).exponential_(generator=local)
+        kernels = torch.randn(spectral, 3, 3, dtype=FLOAT, **on_device).mul_(self.sigma)
         kernels[:, 1, 1] += 1
-        coefficients = torch.randn(color, channels, self.color_terms, device=device, generator=local)
+        coefficients = torch.randn(color, channels, self.color_terms, dtype=FLOAT, **on_device)
         return PrimeDraw(
             families=families,
             weights=weights / weights.sum(1, keepdim=True),
-            blend=torch.rand(count, device=device, generator=local),
+            blend=torch.rand(count, dtype=FLOAT, **on_device),
             kernels=kernels,
             displacements=self._draw_displacements(spatial, size, device, host, local),
-            first=torch.randint(1, self.color_first_max + 1, (color,), device=device, generator=local),
+            first=torch.randint(1, self.color_first_max + 1, (color,), **on_device),
             coefficients=coefficients.mul_(math.sqrt(self.color_temperature)),
         )
 
     def _draw_displacements(
         self, count: int, size: int, device: torch.device, host: torch.Generator | None, local: torch.Generator | None
     ) -> Tensor:
-        cuts = torch.randint(2, self.cut_max + 1, (count,), generator=host)
+        cuts = torch.randint(2, self.cut_max + 1, (count,), device='cpu', generator=host)
         lowest, highest = temperature_range(size, cuts)
-        temperatures = lowest + (highest - lowest) * torch.rand(count, generator=host)
-        fields = torch.empty(count, 2, size, size, device=device)
+        temperatures = lowest + (highest - lowest) * torch.rand(count, dtype=FLOAT, device='cpu', generator=host)
+        fields = torch.empty(count, 2, size, size, dtype=FLOAT, device=device)
         # Fields of similar cuts are computed together, because the largest cut decides how many modes all of them get.
         for part in cuts.argsort().split(_FIELDS_AT_ONCE) if count else ():
             highest_mode = int(cuts[part[-1]])
@@ -389,7 +394,7 @@ class PRIME(nn.Module):
                 each.to(device, non_blocking=True) for each in (part, cuts[part], temperatures[part])
             )
             deviations = mode_deviations(cut, highest_mode, size)
-            modes = torch.randn(len(part), 2, *deviations.shape[1:], device=device, generator=local)
+            modes = torch.randn(len(part), 2, *deviations.shape[1:], dtype=FLOAT, device=device, generator=local)
             fields.index_copy_(0, place, displacement_fields(modes, deviations, temperature, size))
         return fields
 

@@ -1,1 +1,1 @@
-"""The push-pull layer, the contrast normalization before it, and the stem of a network in one piece of work."""
+"""The push-pull layer, contrast normalization, the settings in a state dict, and the fused inference stem."""

@@ -1,9 +1,7 @@
 """Global contrast normalization: every image gets mean 0 and standard deviation 1, so that light matters less.
 
-The images arrive as the loader normalizes them: less the mean of the data set, divided by its standard deviation, in
-each channel. Normalizing again removes a factor and a shift that all values share. Darker light is such a factor on the
-pixels, but not on the normalized values: the mean of the data set is subtracted in full. So a dark image keeps a tint,
-the stronger the less contrast it has.
+The loader subtracts a fixed mean from the images, so darkening an image is not a pure factor on what arrives here: a
+dark image of low contrast keeps a colour cast.
 """
 
 import torch.nn as nn

@@ -14,13 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
+from ..errors import InputError
 from ..ops.one_convolution import operands
 from ..ops.push_pull import Implementation, check_avg_pool_size, check_pull_kernel, push_pull_conv2d
 from ..ops.reference import PullKernel
+from .settings import SETTINGS, match_settings, set_settings
 
 __all__ = ['PushPullConv2d']
 
 _logger = logging.getLogger(__name__)
+
+# Attributes of a module that hold its hooks and their flags.
+HOOKS = [name for name in vars(nn.Identity()) if '_hooks' in name or name == '_is_full_backward_hook']
 
 torch.fx.wrap('push_pull_conv2d')  # one node for fx: the checks read shapes, which a traced value does not have
 
@@ -32,8 +37,12 @@ class PushPullConv2d(nn.Conv2d):
         R = \operatorname{relu}(x * W) - \alpha \operatorname{relu}(\operatorname{avg}(x * K)) + b,
         \qquad K_o = \max(W_o) + \min(W_o) - W_o
 
-    The push kernel W keeps the name ``weight``, so the weights of a plain convolution load as they are. Such weights
-    hold no alpha: a trainable alpha then keeps its values.
+    The push kernel W keeps the name ``weight``, so the weights of a plain convolution load as they are. A trainable
+    alpha that a checkpoint lacks keeps its values. The state dict also holds the window, the pull kernel and a fixed
+    alpha (``settings``), and does not load into a layer with others.
+
+    The layer is an ``nn.Conv2d``, but not linear in its weight. Tools that fold something into the weight of a
+    convolution (a BatchNorm that follows, an adapter) give other responses here.
 
     Source: `PushPull-Net` - https://arxiv.org/abs/2408.04077
 
@@ -64,6 +73,8 @@ class PushPullConv2d(nn.Conv2d):
         ValueError: If the window is even or negative, if alpha is not finite, of the wrong shape, or neither trainable
             nor given, or if there is no such pull kernel or implementation.
     """
+
+    __jit_unused_properties__ = ['_settings']
 
     def __init__(
         self,
@@ -103,7 +114,7 @@ class PushPullConv2d(nn.Conv2d):
         self.pull_kernel = pull_kernel
         self.implementation = implementation
         if not isinstance(trainable_alpha, bool):
-            raise ValueError(f'trainable_alpha must be True or False, got {trainable_alpha!r}.')
+            raise InputError(f'trainable_alpha must be True or False, got {trainable_alpha!r}.')
         self.trainable_alpha = trainable_alpha
         self.initial_alpha = _check_initial_alpha(alpha, trainable_alpha, out_channels)
         if trainable_alpha:
@@ -112,7 +123,9 @@ class PushPullConv2d(nn.Conv2d):
         else:
             self.alpha = self.initial_alpha  # type: ignore[assignment]
 
-        # TorchScript has no type for a padding that is numbers or a word, so a word's padding goes before the operator.
+        set_settings(self, self._settings, device)
+
+        # TorchScript cannot type a padding that is int or str, so F.pad applies a str padding first.
         self._pads_input = padding_mode != 'zeros' or isinstance(self.padding, str)
         self._pad_mode = 'constant' if padding_mode == 'zeros' else padding_mode
         self._conv_padding = (0, 0) if self._pads_input else self.padding
@@ -136,7 +149,7 @@ class PushPullConv2d(nn.Conv2d):
             pull_kernel: ``'inverted'`` or ``'negated'``.
 
         Returns:
-            The layer, with ``conv.weight`` and ``conv.bias``.
+            The layer, with the parameters, hooks and training mode of ``conv``.
 
         Raises:
             ValueError: If a setting is refused by :class:`PushPullConv2d`.
@@ -160,7 +173,16 @@ class PushPullConv2d(nn.Conv2d):
         )
         layer.weight = conv.weight
         layer.bias = conv.bias
+        layer.requires_grad_(conv.weight.requires_grad)
+        for name in HOOKS:
+            vars(layer)[name] = vars(conv)[name]  # the same dict, so that hook handles can still remove their hooks
         return layer.train(conv.training)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Settings that the weights depend on. A trainable alpha is among the weights."""
+        alpha = {} if self.trainable_alpha else {'alpha': self.alpha}
+        return {'avg_pool_size': self.avg_pool_size, 'pull_kernel': self.pull_kernel, **alpha}
 
     @torch.jit.unused
     def reset_alpha(self) -> None:
@@ -169,12 +191,14 @@ class PushPullConv2d(nn.Conv2d):
             if self.initial_alpha is None:
                 self.alpha.uniform_(0, 1)
             else:
-                self.alpha.copy_(torch.tensor(self.initial_alpha))
+                self.alpha.copy_(torch.tensor(self.initial_alpha, dtype=torch.float64, device='cpu'))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if 'alpha' in self._parameters:  # not yet while nn.Conv2d is being built
             self.reset_alpha()
+        if SETTINGS in self._buffers:
+            set_settings(self, self._settings, self.weight.device)
 
     def _padded(self, input: Tensor) -> Tensor:
         if self._pads_input:
@@ -216,6 +240,7 @@ class PushPullConv2d(nn.Conv2d):
         if self.trainable_alpha and weight in state_dict and alpha not in state_dict:
             _logger.info(f'The checkpoint has no {alpha}: alpha keeps its present values.')
             state_dict[alpha] = self.alpha.detach()
+        match_settings(state_dict, prefix, self._settings, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -226,15 +251,15 @@ def _check_initial_alpha(
 ) -> float | list[float] | None:
     if alpha is None:
         if not trainable_alpha:
-            raise ValueError('trainable_alpha=False needs a number for alpha, got alpha=None.')
+            raise InputError('trainable_alpha=False needs a number for alpha, got alpha=None.')
         return None
     try:
-        values = torch.as_tensor(alpha, dtype=torch.float64)
+        values = torch.as_tensor(alpha, dtype=torch.float64, device='cpu')
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f'alpha must be one number or one for each output channel, got {alpha!r}.') from None
+        raise InputError(f'alpha must be one number or one for each output channel, got {alpha!r}.') from None
     if values.dim() and not (trainable_alpha and values.shape == (out_channels,)):
         allowed = f'one number, or {out_channels} for the output channels' if trainable_alpha else 'one number'
-        raise ValueError(f'alpha must be {allowed}, got shape {tuple(values.shape)}.')
+        raise InputError(f'alpha must be {allowed}, got shape {tuple(values.shape)}.')
     if not values.isfinite().all():
-        raise ValueError(f'alpha must be finite, got {alpha}.')
+        raise InputError(f'alpha must be finite, got {alpha}.')
     return values.tolist()

@@ -1,4 +1,4 @@
-"""The stem of a network in inference, on chunks of the batch: its largest maps never leave the processor's cache."""
+"""The stem of a network in inference, on chunks of the batch, so that its largest maps stay in the cache."""
 
 import math
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def use_chunks(stem: Sequence[nn.Module], x: Tensor) -> bool:
 
     Returns:
         True in inference on a CPU, for a push-pull convolution, BatchNorm with running statistics, ReLU and max-pool or
-        none, where the response of the convolution is larger than the cache. False where somebody put anything between
-        the modules: a hook, local or global, a subclass, or a ``forward`` on the instance.
+        none, where the response of the convolution is larger than the cache. False where a user hooked,
+        subclassed or patched one of the modules.
     """
     if isinstance(x, torch.fx.Proxy) or x.device.type != 'cpu' or torch.is_grad_enabled():
         return False
@@ -104,7 +104,7 @@ def stem_operator(
     dtype: torch.dtype,
 ) -> Tensor:
     kernel, stride, padding = pool
-    channels_last = torch.channels_last  # pooling is much faster in this format; one channel would hide it
+    channels_last = torch.channels_last  # pooling is much faster in it; with one channel the format is ambiguous
     with torch.autocast('cpu', enabled=False):
         scale, shift = scale.to(alpha.dtype), shift.to(alpha.dtype)
         chunks = Chunks(input.contiguous(memory_format=channels_last), weight, c, alpha, geometry, dtype)
@@ -114,7 +114,8 @@ def stem_operator(
         for place, push, pull, strength in chunks.rectified():
             push.addcmul_(pull, strength)
             torch.addcmul(shift.view(-1, 1, 1), push, scale.view(-1, 1, 1), out=push)
-            output[place] = F.max_pool2d(push, kernel, stride, padding).clamp_(min=0)  # fewer values than before it
+            # ReLU after pooling: fewer values, same result.
+            output[place] = F.max_pool2d(push, kernel, stride, padding).clamp_(min=0)
         return output.contiguous(memory_format=memory_format_of(input))
 
 

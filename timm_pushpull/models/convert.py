@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch.nn as nn
 from torch import Tensor
 
+from ..errors import InputError
 from ..layers.push_pull import PushPullConv2d
 from ..ops.reference import PullKernel
 
@@ -43,22 +44,23 @@ def convert_to_push_pull(
             refused by :class:`~timm_pushpull.PushPullConv2d`.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f'model must be made by timm.create_model, got {model!r}.')
+        raise InputError(f'model must be made by timm.create_model, got {model!r}.')
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     name = cfg.get('architecture') or type(model).__name__
     first_conv = cfg.get('first_conv')
     if not first_conv:
-        raise ValueError(f"{name} cannot be converted: timm names no first convolution (pretrained_cfg['first_conv']).")
+        raise InputError(f"{name} cannot be converted: timm names no first convolution (pretrained_cfg['first_conv']).")
     layers = {}
     for path in [first_conv] if isinstance(first_conv, str) else first_conv:
         try:
             conv = model.get_submodule(path)
         except AttributeError:
-            raise ValueError(f'{name} cannot be converted: it has no module {path!r}.') from None
+            raise InputError(f'{name} cannot be converted: it has no module {path!r}.') from None
         if type(conv) is not nn.Conv2d:
-            raise ValueError(f'{name} cannot be converted: {path} is a {type(conv).__name__}, not an nn.Conv2d.')
+            raise InputError(f'{name} cannot be converted: {path} is a {type(conv).__name__}, not an nn.Conv2d.')
+        if 'forward' in vars(conv):
+            raise InputError(f'{name} cannot be converted: somebody replaced the forward of {path}; convert it first.')
         layers[path] = PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
-        layers[path]._forward_pre_hooks.update(conv._forward_pre_hooks)  # such as contrast_norm's
     for path, layer in layers.items():
         model.set_submodule(path, layer)
     return model

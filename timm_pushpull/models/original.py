@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
+from ..errors import InputError
 from ..layers.push_pull import PushPullConv2d
 
 __all__ = [
     'OriginalCheckpoint',
-    'allow_paths_in_checkpoints',
     'convert_original_checkpoint',
     'read_original_checkpoint',
     'rename_original',
@@ -42,11 +42,11 @@ def rename_original(state_dict: dict[str, Any], model: nn.Module, prefix: str = 
     trained_alpha = prefix + 'conv1.pull_inhibition_strength' in state_dict
     stem: Any = model.conv1
     if push_pull and not isinstance(stem, PushPullConv2d):
-        raise ValueError(
+        raise InputError(
             'The original checkpoint has a push-pull unit, the model has none: create it without push_pull=False.'
         )
     if push_pull and not trained_alpha and stem.trainable_alpha:
-        raise ValueError(
+        raise InputError(
             'The original checkpoint was trained with a fixed inhibition strength, which is not among its weights: '
             "create the model with alpha=<the file's hyper_parameters['pull_inhibition_strength']> and "
             'trainable_alpha=False.'
@@ -63,22 +63,6 @@ def rename_original(state_dict: dict[str, Any], model: nn.Module, prefix: str = 
     for original, ours in names.items():
         for name in [name for name in state_dict if name.startswith(prefix + original)]:
             state_dict[prefix + ours + name.removeprefix(prefix + original)] = state_dict.pop(name)
-
-
-def allow_paths_in_checkpoints() -> None:
-    """Let ``torch.load(weights_only=True)`` read the file paths among the settings of original checkpoints.
-
-    It reads a Posix or Windows path as a pure path, which gives no access to files.
-    """
-    systems = {'Posix': pathlib.PurePosixPath, 'Windows': pathlib.PureWindowsPath}
-    torch.serialization.add_safe_globals(
-        [
-            (path_class, f'{module}.{kind}{system}Path')
-            for system, path_class in systems.items()
-            for module in ('pathlib', 'pathlib._local')
-            for kind in ('', 'Pure')
-        ]
-    )
 
 
 class OriginalCheckpoint(NamedTuple):
@@ -128,20 +112,20 @@ def read_original_checkpoint(path: str) -> OriginalCheckpoint:
     try:
         left_out = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f'{path} is not a checkpoint of PyTorch: {error}') from error
+        raise InputError(f'{path} is not a checkpoint of PyTorch: {error}') from error
     try:
         with torch.serialization.safe_globals([(_LeftOut, name) for name in left_out]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise InputError(
             f'{path} cannot be read without running code that it names: {", ".join(left_out)}. If you trust its '
             'source, load it with weights_only=False, and save its state_dict and plain hyper_parameters in a new file.'
         ) from error
     if not isinstance(checkpoint, dict) or not {'state_dict', 'hyper_parameters'} <= checkpoint.keys():
-        raise ValueError(f'{path} is not a checkpoint of the original code: it lacks state_dict or hyper_parameters.')
+        raise InputError(f'{path} is not a checkpoint of the original code: it lacks state_dict or hyper_parameters.')
     settings, state_dict = checkpoint['hyper_parameters'], checkpoint['state_dict']
     if not {'conv1.bias', 'bn.running_mean', 'classifier.weight'} <= state_dict.keys() or 'model' not in settings:
-        raise ValueError(
+        raise InputError(
             f'{path} is not a ResNet of the original code: it lacks conv1.bias, bn.running_mean, classifier.weight '
             "or hyper_parameters['model']."
         )
@@ -184,7 +168,7 @@ def convert_original_checkpoint(path: str, folder: str) -> OriginalCheckpoint:
         raise FileExistsError(f'{folder} exists: name a new folder.')
     checkpoint = read_original_checkpoint(path)
     if not is_model(checkpoint.architecture):
-        raise ValueError(
+        raise InputError(
             f'{path} holds a {checkpoint.architecture}, which is not one of {", ".join(list_models("pp_*"))}.'
         )
     model = create_model(

@@ -21,13 +21,15 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..augment.in_model import augment_in_training
 from ..augment.prime import PRIME
+from ..errors import InputError
 from ..hub.recipes import list_recipes, read_recipe
 from ..hub.registry import fetch_weights, hub_configs, read_hub_models
 from ..layers.contrast_norm import add_contrast_norm
 from ..layers.push_pull import PushPullConv2d
+from ..layers.settings import SETTINGS, is_settings, match_settings, set_settings
 from ..layers.stem import stem_in_chunks, use_chunks
 from ..ops.reference import PullKernel
-from .original import allow_paths_in_checkpoints, rename_original
+from .original import rename_original
 
 __all__ = ['PushPullResNet']
 
@@ -55,6 +57,7 @@ class PushPullResNet(ResNet):
             :func:`~timm_pushpull.layers.contrast_norm.normalize_contrast`.
         augment: 'prime' augments each batch with :class:`~timm_pushpull.PRIME` in training mode, with the settings for
             32x32 under the 'cifar' stem and those for ImageNet otherwise; None for no augmentation.
+        augment_splits: Number of ``train.py --aug-splits``, whose first split ``augment`` leaves clean; 1 without it.
         **kwargs: Keyword arguments of timm's ``ResNet``.
 
     Raises:
@@ -74,24 +77,26 @@ class PushPullResNet(ResNet):
         pull_kernel: PullKernel = 'inverted',
         stem_type: str = '',
         output_stride: int = 32,
+        aa_layer: str | type[nn.Module] | None = None,
         contrast_norm: bool = False,
         augment: str | None = None,
+        augment_splits: int = 1,
         **kwargs: Any,
     ) -> None:
         if not isinstance(push_pull, bool):
-            raise ValueError(f'push_pull must be True or False, got {push_pull!r}.')
+            raise InputError(f'push_pull must be True or False, got {push_pull!r}.')
         if not isinstance(contrast_norm, bool):
-            raise ValueError(f'contrast_norm must be True or False, got {contrast_norm!r}.')
+            raise InputError(f'contrast_norm must be True or False, got {contrast_norm!r}.')
         if augment not in (None, 'prime'):
-            raise ValueError(f"augment must be 'prime' or None, got {augment!r}.")
-        if isinstance(kwargs.get('aa_layer'), str):
-            kwargs['aa_layer'] = _aa_layer(kwargs['aa_layer'])
+            raise InputError(f"augment must be 'prime' or None, got {augment!r}.")
+        if isinstance(aa_layer, str):
+            aa_layer = _aa_layer(aa_layer)
         cifar = stem_type == 'cifar'
         if cifar:
             if output_stride not in (2, 4, 8, 16, 32):
-                raise ValueError(f"output_stride must be 8, 4 or 2 with stem_type='cifar', got {output_stride}.")
+                raise InputError(f"output_stride must be 8, 4 or 2 with stem_type='cifar', got {output_stride}.")
             stem_type, output_stride = '', min(4 * output_stride, 32)
-        kwargs.update(stem_type=stem_type, output_stride=output_stride)
+        kwargs.update(stem_type=stem_type, output_stride=output_stride, aa_layer=aa_layer)
         super().__init__(*args, **kwargs)
         if cifar:
             self._shrink_stem()
@@ -103,8 +108,13 @@ class PushPullResNet(ResNet):
         self.contrast_norm = contrast_norm
         if contrast_norm:
             add_contrast_norm(self.conv1)
+        self._settings: dict[str, Any] = {'contrast_norm': True} if contrast_norm else {}
+        if aa_layer is not None:
+            self._settings['aa_layer'] = getattr(aa_layer, '__name__', repr(aa_layer))
+        if self._settings:
+            set_settings(self, self._settings)
         if augment == 'prime':
-            augment_in_training(self, PRIME.cifar() if cifar else PRIME.imagenet())
+            augment_in_training(self, PRIME.cifar() if cifar else PRIME.imagenet(), augment_splits)
 
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -115,7 +125,9 @@ class PushPullResNet(ResNet):
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
-        self.__dict__['_kept_model_args'] = {name: value for name, value in args.items() if name != 'augment'}
+        self.__dict__['_kept_model_args'] = {
+            name: value for name, value in args.items() if not name.startswith('augment')
+        }
 
     def _shrink_stem(self) -> None:
         conv = nn.Conv2d(self.in_chans, 64, kernel_size=3, padding=1, bias=False).to(next(self.conv1.parameters()))
@@ -147,6 +159,7 @@ class PushPullResNet(ResNet):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Renamed here too, because timm's `--initial-checkpoint` calls no filter function.
         rename_original(state_dict, self, prefix)
+        match_settings(state_dict, prefix, self._settings, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -154,7 +167,7 @@ def _aa_layer(name: str) -> type[nn.Module]:
     """Return a layer by its name: timm's ``ResNet`` takes the class alone."""
     layers: dict[str, type[nn.Module]] = {'blur': BlurPool2d, 'avg': nn.AvgPool2d}
     if name not in layers:
-        raise ValueError(f'aa_layer must be a class or one of {", ".join(layers)}, got {name!r}.')
+        raise InputError(f'aa_layer must be a class or one of {", ".join(layers)}, got {name!r}.')
     return layers[name]
 
 
@@ -174,15 +187,16 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     state_dict = dict(state_dict)
     rename_original(state_dict, model)
     names = model.state_dict().keys()
-    missing = [k for k in names - state_dict.keys() if not k.endswith(('.alpha', '.num_batches_tracked'))]
-    unexpected = list(state_dict.keys() - names)
+    optional = ('.alpha', '.num_batches_tracked')
+    missing = [k for k in names - state_dict.keys() if not k.endswith(optional) and not is_settings(k)]
+    unexpected = [k for k in state_dict.keys() - names if k != SETTINGS]  # settings raise their own error
     reasons = [
         f'{what} {", ".join(keys[:4])}{f" and {len(keys) - 4} more" if len(keys) > 4 else ""}'
         for what, found in (('it lacks', missing), ('it has no place for', unexpected))
         if (keys := sorted(k for k in found if not k.startswith('fc.')))
     ]
     if reasons:
-        raise ValueError(f'The checkpoint does not fit the model: {"; ".join(reasons)}.')
+        raise InputError(f'The checkpoint does not fit the model: {"; ".join(reasons)}.')
     return state_dict
 
 
@@ -220,8 +234,9 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 HUB_MODELS = read_hub_models(hub_configs())
-# Weights that pretrained=True loads into a network without a tag; of other networks the first in HUB_MODELS.
+# Weights that pretrained=True loads into a network without a tag; other networks use their first entry in HUB_MODELS.
 DEFAULTS = {'pp_resnet18': 'pp_resnet18.pp3_r64_imagenette'}
+# Fields of a pretrained cfg that name where weights come from.
 SOURCES = {'file', 'hf_hub_id', 'state_dict', 'url'}
 
 # The networks without weights.
@@ -243,7 +258,7 @@ def _has_default_weights(network: str) -> bool:
     return any(name.startswith(f'{network}.') for name in HUB_MODELS)
 
 
-# '*' marks the default of a network. Where its default weights cannot be read, '.*' makes no weights the default.
+# '*' marks the default of a network; '.*' makes the plain network the default, if the default weights are unreadable.
 default_cfgs = generate_default_cfgs(
     {
         **{name + '*' * (name in DEFAULTS.values()): model.pretrained_cfg for name, model in HUB_MODELS.items()},
@@ -270,7 +285,7 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
         sources = {source for source in SOURCES if getattr(resolved, source)}
         if not sources:
             raise RuntimeError(
-                f'No pretrained weights of {variant} are on the Hub. Train the network ("timm-pushpull recipes" lists '
+                f'There are no pretrained weights of {variant}. Train the network ("timm-pushpull recipes" lists '
                 f'recipes), use pretrained=False, or use a model with weights: {", ".join(HUB_MODELS)}.'
             )
         if hub_model is not None and sources == {'hf_hub_id'}:
@@ -296,11 +311,11 @@ def _no_such_tag(variant: str, tag: str) -> str:
     if name not in list_recipes():
         return f'{name} is not a model with weights; those are {", ".join(HUB_MODELS)}.'
     recipe = read_recipe(name)
-    settings = {key: value for key, value in recipe['model_kwargs'].items() if key != 'augment'}
+    settings = {key: value for key, value in recipe['model_kwargs'].items() if not key.startswith('augment')}
     words = ', '.join(f'{key}={value}' for key, value in {'num_classes': recipe['num_classes'], **settings}.items())
     return (
-        f'{name} is a recipe without weights. Load its checkpoint into {variant} with its model_kwargs: {words}. '
-        f'Its images have input_size={recipe["input_size"]} and crop_pct={recipe["crop_pct"]}.'
+        f'{name} is a recipe without weights ("timm-pushpull recipes" tells how to train it). Load a checkpoint into '
+        f'{variant} with {words}, input_size={recipe["input_size"]}, crop_pct={recipe["crop_pct"]}.'
     )
 
 
@@ -358,6 +373,3 @@ def pp_resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> PushPullResNet
     """Constructs a ResNet-50 for 32x32 images with a push-pull stem."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), stem_type='cifar')
     return _create_pushpull_resnet('pp_resnet50_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-allow_paths_in_checkpoints()

@@ -1,7 +1,7 @@
 """The push-pull convolution on a CPU: one convolution, on chunks of the batch that stay in the processor's cache.
 
 The arithmetic is that of :mod:`timm_pushpull.ops.one_convolution`. The backward pass computes the responses again, so
-that the forward pass keeps nothing that a plain convolution does not keep.
+the forward pass stores no more than a plain convolution.
 """
 
 import math
@@ -91,7 +91,7 @@ def push_pull_backward(
                 buffers = tuple(torch.empty_like(push) for _ in range(3))
             shared, rows, box = (buffer[: len(push)] for buffer in buffers)
             grad = grad_output[place].to(chunks.dtype)
-            # Where Q > 0: the gradient of Q over -alpha, shared among the values of the window.
+            # Where Q > 0: grad_Q / -alpha, divided equally over the values of the window.
             torch.mul(grad, chunks.inv_counts, out=shared)
             aten.hardtanh_backward.grad_input(shared, pull, -math.inf, 0, grad_input=shared)
             grad_alpha += pull.mul_(shared).sum((0, 2, 3))
@@ -147,7 +147,7 @@ class Chunks:
         self.inv_counts = 1 / _box(counts, self.window, torch.empty_like(counts), torch.empty_like(counts))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield for each chunk its place in the batch, its input, P, and -Q times the number of values in the window.
+        """Yield for each chunk its place in the batch, its input, P and -n Q, n being the size of the window.
 
         All chunks share the memory of P and Q: new memory costs more than the arithmetic in it.
         """
@@ -167,7 +167,7 @@ class Chunks:
             yield place, x, push, pull
 
     def rectified(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield for each chunk its place, relu(P), -relu(Q) times the number of values, and alpha over that number."""
+        """Yield for each chunk its place, relu(P), -n relu(Q) and alpha / n, n being the size of the window."""
         strength = None
         for place, _, push, pull in self:
             if strength is None:

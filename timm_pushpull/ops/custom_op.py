@@ -17,7 +17,7 @@ from .one_convolution import memory_format_of, one_convolution, unpack_geometry
 
 __all__ = ['OPERANDS', 'conv_flops', 'push_pull_conv2d_operator']
 
-# Arguments that the operators share; before torch 2.7 they cannot be inferred from Sequence[int].
+# Arguments that the operators share. torch < 2.7 cannot infer the schema.
 OPERANDS = 'Tensor input, Tensor weight, Tensor c, Tensor alpha, SymInt[] geometry'
 
 push_pull_conv2d_operator = torch.library.custom_op(
@@ -51,9 +51,7 @@ def _(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @push_pull_conv2d_operator.register_fake
-def _(
-    input: Tensor, weight: Tensor, c: Tensor, alpha: Tensor, geometry: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def _(input: Tensor, weight: Tensor, c: Tensor, alpha: Tensor, geometry: Sequence[int], dtype: torch.dtype) -> Tensor:
     conv, _ = unpack_geometry(geometry)
     push = F.conv2d(input.to(alpha.dtype), weight.to(alpha.dtype), **conv)
     return torch.empty_like(push, dtype=dtype, memory_format=memory_format_of(push))
@@ -79,7 +77,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    needed, tensors = ctx.needs_input_grad[:4], ctx.saved_tensors
+    needed = ctx.needs_input_grad[:4]
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor] = ctx.saved_tensors
     if torch.is_grad_enabled():  # for gradients of gradients
         output = one_convolution(*tensors, ctx.geometry, ctx.dtype)
         wanted = [x for x, need in zip(tensors, needed, strict=True) if need]
@@ -92,7 +91,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 push_pull_conv2d_operator.register_autograd(_backward, setup_context=_setup_context)
 
 
-def conv_flops(input: Sequence[int], weight: Sequence[int], response: Sequence[int], groups: int) -> int:
+def conv_flops(input: list[int], weight: list[int], response: list[int], groups: int) -> int:
     """Count the floating-point operations of the convolution and of the sum S, from the shapes."""
     sums = [response[0], groups, *response[2:]]
     sums_input, ones = [input[0], groups, *input[2:]], [groups, 1, *weight[2:]]

@@ -11,9 +11,10 @@ Where c is far from the mean of W and the input far from zero, Q is a small diff
 versions therefore convolve with :math:`W - m`, m being the mean of W, and add what m leaves out:
 
 .. math::
-    \tilde P = x * (W - m), \qquad P = \tilde P + m S, \qquad Q = (c - m) \operatorname{avg}(S) - \operatorname{avg}(\tilde P)
+    \tilde P = x * (W - m), \qquad P = \tilde P + m S,
+    \qquad Q = (c - m) \operatorname{avg}(S) - \operatorname{avg}(\tilde P)
 
-P loses precision in the same way where m is large, so m is 0 for kernels whose P is more at risk than their Q.
+A large m costs P precision in turn, so m is 0 where \|mean\| is at most \|c - mean\|.
 """
 
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def operands(
     device = input.device.type
     autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
-    c = kernel_offsets(weight.double(), pull_kernel).flatten()  # an error in c counts once for each value of the input
+    c = kernel_offsets(weight.double(), pull_kernel).flatten()  # c multiplies the sum S: an error in c is amplified
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64, device=weight.device)
     alpha = alpha.to(weight.device, compute_dtype(weight)).expand(weight.shape[0])
     return input, weight, c, alpha, [*stride, *padding, *dilation, groups, max(avg_pool_size, 1)], dtype
@@ -87,8 +88,8 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 def conv_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Choose the data type of the convolution.
 
-    Half precision rounds P and Q, which may change their sign. Autocast rounds input and weights just as much, so it
-    may convolve in half precision. Weights that are in half precision themselves may not.
+    Half precision rounds P and Q, which may change their sign. So only autocast, which rounds input and weights anyway,
+    convolves in half precision. Half-precision weights are convolved in float32.
 
     Args:
         weight: Push kernels.
@@ -118,7 +119,7 @@ def subtract_mean(weight: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor
     mean = wide.mean((1, 2, 3))
     mean *= mean.abs() > (c - mean).abs()
     kernels = (wide - mean.view(-1, 1, 1, 1)).to(dtype)
-    return kernels, (wide - kernels).mean((1, 2, 3))  # m takes in what the rounding of W - m left out
+    return kernels, (wide - kernels).mean((1, 2, 3))  # corrects m for the rounding of W - m
 
 
 def one_convolution(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from .one_convolution import operands
+from ..errors import InputError
 from .custom_op import push_pull_conv2d_operator
+from .one_convolution import operands
 from .reference import BroadcastingList2, PullKernel, push_pull_conv2d_reference
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def push_pull_conv2d(
     check_pull_kernel(pull_kernel)
     if isinstance(alpha, Tensor):
         if alpha.dim() > 1 or (alpha.dim() == 1 and alpha.shape[0] != weight.shape[0]):
-            raise ValueError(
+            raise InputError(
                 f'alpha must be one number or one for each of the {weight.shape[0]} output channels, '
                 f'got shape {list(alpha.shape)}.'
             )
@@ -103,7 +104,7 @@ def use_fast(implementation: Implementation, input: Tensor, weight: Tensor) -> b
         ValueError: If there is no such implementation.
     """
     if implementation not in ('auto', 'fast', 'reference'):
-        raise ValueError(f"implementation must be 'auto', 'fast' or 'reference', got {implementation!r}.")
+        raise InputError(f"implementation must be 'auto', 'fast' or 'reference', got {implementation!r}.")
     if implementation != 'auto':
         return implementation == 'fast'
     if torch.compiler.is_compiling():
@@ -123,10 +124,10 @@ def use_fast(implementation: Implementation, input: Tensor, weight: Tensor) -> b
 def check_avg_pool_size(avg_pool_size: int) -> None:
     """Raise ``ValueError`` unless the averaging window is 0 or a positive odd integer."""
     if not isinstance(avg_pool_size, int) or avg_pool_size < 0 or (avg_pool_size > 0 and avg_pool_size % 2 == 0):
-        raise ValueError(f'avg_pool_size must be 0 or a positive odd integer, got {avg_pool_size}.')
+        raise InputError(f'avg_pool_size must be 0 or a positive odd integer, got {avg_pool_size}.')
 
 
 def check_pull_kernel(pull_kernel: PullKernel) -> None:
     """Raise ``ValueError`` unless the pull kernel is ``'inverted'`` or ``'negated'``."""
     if pull_kernel not in ('inverted', 'negated'):
-        raise ValueError(f"pull_kernel must be 'inverted' or 'negated', got '{pull_kernel}'.")
+        raise InputError(f"pull_kernel must be 'inverted' or 'negated', got '{pull_kernel}'.")

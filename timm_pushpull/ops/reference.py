@@ -47,7 +47,7 @@ def pull_kernels(weight: Tensor, pull_kernel: PullKernel = 'inverted') -> Tensor
     Returns:
         Pull kernels (O, C / groups, kh, kw), of the data type of the weight.
     """
-    # Half precision would round max + min once for the whole kernel: an error that adds up over the window.
+    # In half precision all elements would share the rounding error of max + min, which does not average out.
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return (kernel_offsets(wide, pull_kernel) - wide).to(weight.dtype)
 

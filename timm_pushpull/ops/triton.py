@@ -265,7 +265,7 @@ def _backward_pull(
 ):  # fmt: skip
     """Compute the gradient of Q, divided by -alpha and by the number of values in the window.
 
-    Each block also stores its part of the gradient of alpha, divided by -1, and of that of c, divided by -alpha.
+    Each block also stores its sums for -grad_alpha and for grad_c / -alpha.
     """
     image, pixel, is_pixel, group, channel, is_channel = _locate(height, width, groups, in_group, PIXELS, CHANNELS)
     start = image * groups * in_group * height * width

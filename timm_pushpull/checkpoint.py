@@ -1,0 +1,68 @@
+"""Checkpoints of timm's ``train.py``: weights, and the options of the training that are kept beside them."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+
+from .errors import InputError
+
+__all__ = ['model_args_of', 'read_checkpoint', 'set_data_config']
+
+
+def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = False) -> dict[str, Any]:
+    """Read the options of the training from a checkpoint, without running anything that the file holds.
+
+    Args:
+        path: Checkpoint.
+        use_ema: Refuse a checkpoint without EMA weights.
+
+    Returns:
+        Options of ``train.py`` by name; empty for files of weights alone, such as safetensors.
+
+    Raises:
+        ValueError: If the file does not exist, cannot be read, or lacks EMA weights that are asked for.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f'checkpoint must be a file, {path} is not one.')
+    content: Any = {}
+    if not str(path).endswith('.safetensors'):
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the type of the options
+                content = torch.load(path, map_location='cpu', weights_only=True)
+        except Exception as error:  # its type depends on the fault of the file
+            raise InputError(f'{path} cannot be read as a checkpoint: {" ".join(str(error).split())}') from error
+    if not isinstance(content, Mapping):
+        raise InputError(f'{path} must hold weights by name, it holds a {type(content).__name__}.')
+    if use_ema and not {'state_dict_ema', 'model_ema'} & content.keys():
+        raise InputError(f'{path} holds no EMA weights: train with --model-ema, or leave --use-ema out.')
+    options = content.get('args')
+    return vars(options) if isinstance(options, argparse.Namespace) else {}
+
+
+def model_args_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``timm.create_model`` in the options of a training, all but the augmentation."""
+    model_args = {
+        key: value for key, value in (options.get('model_kwargs') or {}).items() if not key.startswith('augment')
+    }
+    named = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'gp': 'global_pool'}
+    given = {argument: options[option] for option, argument in named.items() if options.get(option) is not None}
+    return {**model_args, **given}
+
+
+def set_data_config(model: Any, options: Mapping[str, Any]) -> None:
+    """Write the size, crop, interpolation, mean and std of a training into ``model.pretrained_cfg``.
+
+    Args:
+        model: Model of timm.
+        options: Options of ``train.py``. What they leave out stays as the model has it.
+    """
+    cfg = model.pretrained_cfg
+    cfg.update(resolve_data_config(dict(options), model=model))
+    if options.get('input_size') or options.get('img_size'):
+        cfg.pop('test_input_size', None)
+    if options.get('crop_pct'):
+        cfg.pop('test_crop_pct', None)

@@ -1,0 +1,72 @@
+"""Settings that weights depend on, kept beside the weights in the state dict.
+
+Weights that were trained with another averaging window, pull kernel, fixed alpha, contrast normalization or
+anti-aliasing fit a model by names and shapes, and give wrong predictions. So a module with such settings has a buffer
+``settings``, the settings as JSON in bytes, and refuses a state dict with other settings. State dicts without this
+buffer load as they are: those of plain networks, of the original code and of earlier versions.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+__all__ = ['SETTINGS', 'is_settings', 'match_settings', 'set_settings']
+
+SETTINGS = 'settings'
+
+
+def is_settings(key: str) -> bool:
+    """Tell whether a key of a state dict is that of a module's settings."""
+    return key.rpartition('.')[2] == SETTINGS
+
+
+def set_settings(module: nn.Module, settings: Mapping[str, Any], device: Any = None) -> None:
+    """Give a module the buffer ``settings``.
+
+    Args:
+        module: Module whose weights depend on the settings.
+        settings: Settings by name, of types that JSON has.
+        device: Device of the buffer.
+    """
+    module.register_buffer(SETTINGS, _encode(settings).to(device))
+
+
+def _encode(settings: Mapping[str, Any]) -> Tensor:
+    text = json.dumps(dict(settings), sort_keys=True)
+    return torch.tensor(list(text.encode()), dtype=torch.uint8, device='cpu')
+
+
+def match_settings(state_dict: dict[str, Any], prefix: str, settings: Mapping[str, Any], errors: list[str]) -> None:
+    """Compare the settings in a state dict with those of a module that loads it, in ``_load_from_state_dict``.
+
+    Args:
+        state_dict: Weights by name. The settings of the module overwrite those in it, so that ours is the only error.
+        prefix: Prefix of the module's names.
+        settings: Settings of the module; empty for a module without the buffer.
+        errors: Gets a message if the settings differ.
+    """
+    saved = state_dict.pop(prefix + SETTINGS, None)
+    if settings:
+        state_dict[prefix + SETTINGS] = _encode(settings)
+    if saved is None:
+        return
+    try:
+        # Tools that average checkpoints, such as timm's avg_checkpoints.py, turn integers into floats.
+        trained: dict[str, Any] = dict(json.loads(bytes(saved.double().round().to(torch.uint8).tolist())))
+    except (AttributeError, TypeError, ValueError):
+        errors.append(f'{prefix}{SETTINGS} of the checkpoint cannot be read: delete it from the state dict.')
+        return
+    names = [name for name in sorted({*trained, *settings}) if trained.get(name) != settings.get(name)]
+    if names:
+        theirs, ours = (
+            ', '.join(f'{name}={values[name]!r}' if name in values else f'no {name}' for name in names)
+            for values in (trained, settings)
+        )
+        errors.append(
+            f'The checkpoint was trained with {theirs}, the model has {ours}: give the model the arguments of the '
+            f'training. To load the weights all the same, delete {prefix + SETTINGS!r} from the state dict.'
+        )
