@@ -16,6 +16,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
 
+from .errors import MissingExtraError
 from .files import atomic_write
 from .robustness.evaluate import evaluate_robustness
 from .robustness.report import write_report
@@ -60,7 +61,7 @@ def run_demo(folder: str | os.PathLike[str], epochs: int = 8, test_digits: int =
     """
     for extra in ('sklearn', 'imagecorruptions', 'matplotlib'):
         if importlib.util.find_spec(extra) is None:
-            raise ModuleNotFoundError(f"The demo needs {extra}: pip install 'timm-pushpull[demo]'", name=extra)
+            raise MissingExtraError(f"The demo needs {extra}: pip install 'timm-pushpull[demo]'", name=extra)
     folder = Path(folder)
     _write_digits(folder / 'digits')
     models = {}

@@ -3,6 +3,8 @@
 import io
 from typing import TYPE_CHECKING
 
+from .errors import MissingExtraError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -28,7 +30,7 @@ def new_figure(height: float) -> 'Figure':
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         message = "Figures need matplotlib: pip install 'timm-pushpull[report]'"
-        raise ModuleNotFoundError(message, name=error.name) from error
+        raise MissingExtraError(message, name=error.name) from error
     return Figure((5, height), layout='constrained')
 
 

@@ -18,7 +18,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{path.name}.unfinished')
+    unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')  # two processes may write the same file
     try:
         unfinished.write_bytes(content)
         os.replace(unfinished, path)

@@ -9,6 +9,7 @@ import torch.nn as nn
 from timm.models import create_model, is_model, list_models
 from torch import Tensor
 
+from ..errors import InputError
 from .timing import Comparison, check_device, compare
 
 __all__ = ['bench_networks']
@@ -47,11 +48,11 @@ def bench_networks(
     """
     for argument, value in (('batch_size', batch_size), ('img_size', img_size), ('rounds', rounds)):
         if value < 1:
-            raise ValueError(f'{argument} must be at least 1, got {value}.')
+            raise InputError(f'{argument} must be at least 1, got {value}.')
     for name in networks:
         if not is_model(f'pp_{name}'):
             known = ', '.join(known.removeprefix('pp_') for known in list_models('pp_*', exclude_filters='*_cifar'))
-            raise ValueError(f'networks must be among {known}, got {name}.')
+            raise InputError(f'networks must be among {known}, got {name}.')
     check_device(device)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     for name in networks:

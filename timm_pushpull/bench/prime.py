@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .timing import Comparison, check_device, compare
 from ..augment.prime import MAX_DEPTH, PRIME, WIDTH, temperature_range
+from ..errors import InputError
+from .timing import Comparison, check_device, compare
 
 __all__ = ['bench_prime']
 
@@ -41,7 +42,7 @@ def bench_prime(
     """
     presets: dict[str, Callable[[], PRIME]] = {'imagenet': PRIME.imagenet, 'cifar': PRIME.cifar}
     if preset not in presets:
-        raise ValueError(f'preset must be one of {", ".join(presets)}, got {preset!r}.')
+        raise InputError(f'preset must be one of {", ".join(presets)}, got {preset!r}.')
     check_device(device)
     prime = presets[preset]()
     images = torch.rand(batch_size, 3, img_size, img_size, device=device)

@@ -14,9 +14,10 @@ from timm.models import create_model
 from timm.utils import accuracy
 from tqdm import tqdm
 
-from .timing import Ratio, check_device, seconds
+from ..errors import InputError
 from ..robustness.data import open_stored
 from ..robustness.evaluate import evaluate_robustness
+from .timing import Ratio, check_device, seconds
 
 __all__ = ['bench_robustness']
 
@@ -55,7 +56,7 @@ def bench_robustness(
         ValueError: If there are too few images for one of each class in both comparisons, or no such device.
     """
     if images < 8 * CLASSES:
-        raise ValueError(f'images must be at least {8 * CLASSES}, got {images}.')
+        raise InputError(f'images must be at least {8 * CLASSES}, got {images}.')
     check_device(device)
     network = create_model(model, num_classes=CLASSES).to(device).eval()
     # Small models, so that the corruptions take most of the time.

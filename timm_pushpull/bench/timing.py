@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..errors import InputError
 from ..files import atomic_write
 
 __all__ = ['Comparison', 'Ratio', 'check_device', 'compare', 'peak_bytes', 'seconds', 'write_comparisons']
@@ -140,7 +141,7 @@ def check_device(device: str | torch.device) -> None:
     try:
         torch.zeros(0, device=device)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f'device must be usable by PyTorch, {device} is not: {str(error).splitlines()[0]}') from None
+        raise InputError(f'device must be usable by PyTorch, {device} is not: {str(error).splitlines()[0]}') from None
 
 
 def seconds(work: Callable[[], Any], device: str | torch.device) -> float:

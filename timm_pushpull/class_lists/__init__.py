@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from ..errors import InputError
+
 __all__ = ['find_class_map']
 
 
@@ -25,4 +27,4 @@ def find_class_map(name: str, folder: str = '') -> str:
         if not name or os.path.isfile(path):
             return str(path)
     ours = ', '.join(sorted(path.name.removesuffix('_synsets.txt') for path in lists.glob('*_synsets.txt')))
-    raise ValueError(f'class_map must be a file of class names or one of {ours}, got {name!r}.')
+    raise InputError(f'class_map must be a file of class names or one of {ours}, got {name!r}.')

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..errors import InputError, MissingExtraError
 from . import bench, demo, figures, hub, import_original, recipes, report, robustness
 from .arguments import Parser
 
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('timm-pushpull: interrupted. Finished work is kept: the same command continues it.', file=sys.stderr)
         return 130
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (InputError, MissingExtraError, OSError) as error:
+        if args.debug:
+            raise
         kind = type(error)
         # An error of a worker process holds the worker's traceback, whose last line is the message.
         *_, message = [kind.__name__, *str(error).strip().splitlines()]
@@ -47,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog='timm-pushpull COMMAND --help explains a command.',
     )
     parser.add_argument('--version', action='version', version=__version__)
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
     for command in COMMANDS:
         command.add_to(commands)

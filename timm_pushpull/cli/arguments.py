@@ -1,10 +1,11 @@
 """Arguments that several commands share."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-__all__ = ['Parser', 'add_dataset_arguments', 'add_model_arguments', 'dataset_options', 'model_options']
+__all__ = ['Parser', 'add_dataset_arguments', 'add_model_arguments', 'dataset_options', 'model_options', 'positive']
 
 
 class Parser(argparse.ArgumentParser):
@@ -12,6 +13,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+
+
+def positive(text: str) -> float:
+    """Read a positive number; timm would ignore a 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f'must be a positive number, got {text}')
+    return number
 
 
 def add_model_arguments(group: Any, checkpoint_help: str, **checkpoint: Any) -> None:

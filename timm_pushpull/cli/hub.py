@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from ..errors import InputError
 from .arguments import add_dataset_arguments, dataset_options
 
 
@@ -76,7 +77,7 @@ def run_check(args: argparse.Namespace) -> None:
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
-        raise ValueError(' '.join(wrong))
+        raise InputError(' '.join(wrong))
 
 
 def run_push(args: argparse.Namespace) -> None:

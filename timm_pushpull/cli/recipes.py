@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from ..errors import InputError
+
 
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
@@ -24,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from ..hub.recipes import list_recipes, recipe_commands, recipe_text
 
     if args.output and not args.name:
-        raise ValueError('--output writes one recipe: give its NAME too.')
+        raise InputError('--output writes one recipe: give its NAME too.')
     if args.output:
         atomic_write(args.output, recipe_text(args.name).encode())
         print(args.output)

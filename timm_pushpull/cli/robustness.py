@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import InputError
 from ..robustness.metrics import SEVERITIES, TEST_CORRUPTIONS
-from .arguments import add_dataset_arguments, add_model_arguments, dataset_options, model_options
+from .arguments import add_dataset_arguments, add_model_arguments, dataset_options, model_options, positive
 
 BASELINE_HELP = 'baseline of relative mCE and R_net: a model, or the name before the @ of training runs'
 
@@ -46,10 +47,10 @@ def add_to(commands: Any) -> None:
     model.add_argument(
         '--use-train-size', action='store_true', help='train size instead of the test size; always with --stored'
     )
-    model.add_argument('--crop-pct', type=float, metavar='N', help='fraction of the image that the crop keeps')
+    model.add_argument('--crop-pct', type=positive, metavar='N', help='fraction of the image that the crop keeps')
     model.add_argument('--interpolation', choices=['bilinear', 'bicubic', 'lanczos', 'nearest'], help='of the resize')
     model.add_argument('--mean', nargs=3, type=float, metavar='N', help='mean of each channel')
-    model.add_argument('--std', nargs=3, type=float, metavar='N', help='standard deviation of each channel')
+    model.add_argument('--std', nargs=3, type=positive, metavar='N', help='standard deviation of each channel')
     run_group = parser.add_argument_group('run')
     run_group.add_argument('--output', required=True, metavar='FOLDER', help='results folder')
     run_group.add_argument('--baseline', metavar='MODEL', help=BASELINE_HELP)
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     from ..robustness.inputs import load_models, open_dataset, refused_by_timm
 
     if not args.data_dir and not args.dataset and not args.stored:
-        raise ValueError('--data-dir, to generate corruptions, or --stored must be given.')
+        raise InputError('--data-dir, to generate corruptions, or --stored must be given.')
     dataset = stored = None
     if args.data_dir or args.dataset:
         dataset = open_dataset(**dataset_options(args))

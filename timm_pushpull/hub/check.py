@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import create_model
 
+from ..errors import InputError
+from ..layers.settings import is_settings
 from .registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, read_hub_model
 
 __all__ = ['check_folder']
@@ -34,38 +36,38 @@ def check_folder(folder: str | os.PathLike[str]) -> str:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f'{folder} is not a folder: give the path of the folder of a model, such as hub_configs/NAME.')
+        raise InputError(f'{folder} is not a folder: give the path of the folder of a model, such as hub_configs/NAME.')
     for file in (CONFIG, RECIPE, CARD, CHECKSUM):
         if not (folder / file).is_file():
-            raise ValueError(f'{folder} lacks {file}.')
+            raise InputError(f'{folder} lacks {file}.')
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES:
-            raise ValueError(f'{path} may hold a pickle, which runs code when it is loaded: keep {WEIGHTS} only.')
+            raise InputError(f'{path} may hold a pickle, which runs code when it is loaded: keep {WEIGHTS} only.')
     sha256 = read_hub_model(folder).sha256
     try:
         model: Any = create_model(f'local-dir:{folder}').eval()
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f'{folder / CONFIG} does not describe a model: {error}') from error
+        raise InputError(f'{folder / CONFIG} does not describe a model: {error}') from error
     cfg = model.pretrained_cfg
     if f'{cfg["architecture"]}.{cfg.get("tag")}' != folder.resolve().name:
-        raise ValueError(
+        raise InputError(
             f'{folder / CONFIG} describes {cfg["architecture"]}.{cfg.get("tag")}: give the folder this name.'
         )
     labels = cfg.get('label_names')
     if labels and len(labels) != model.num_classes:
-        raise ValueError(f'{folder / CONFIG} names {len(labels)} classes, the model has {model.num_classes}.')
+        raise InputError(f'{folder / CONFIG} names {len(labels)} classes, the model has {model.num_classes}.')
     _check_card(folder)
     if not (folder / WEIGHTS).exists():
-        return f'sound, but its weights are on the Hub only, SHA-256 {sha256}'
+        return f'sound, without the weights of SHA-256 {sha256}'
     _check_weights(folder, sha256, model)
     with torch.inference_mode():
         logits = model(torch.randn(2, *cfg['input_size'], generator=torch.Generator().manual_seed(0)))
     if logits.shape != (2, model.num_classes):
-        raise ValueError(
+        raise InputError(
             f'{folder} gives logits of shape {tuple(logits.shape)} for 2 images, must be {(2, model.num_classes)}.'
         )
     if not logits.isfinite().all():
-        raise ValueError(f'{folder / WEIGHTS} gives logits that are not finite.')
+        raise InputError(f'{folder / WEIGHTS} gives logits that are not finite.')
     return f'sound: {model.num_classes} classes, SHA-256 {sha256}'
 
 
@@ -73,17 +75,24 @@ def _check_weights(folder: Path, sha256: str, model: torch.nn.Module) -> None:
     path = folder / WEIGHTS
     found = file_sha256(path)
     if found != sha256:
-        raise ValueError(f'{path} has the SHA-256 {found}, {CHECKSUM} says {sha256}.')
+        raise InputError(f'{path} has the SHA-256 {found}, {CHECKSUM} says {sha256}.')
     try:
         weights = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f'{path} is not a file of safetensors: {error}') from error
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    for key in sorted(shapes.keys() | weights.keys()):
-        given = tuple(weights[key].shape) if key in weights else None
-        if shapes.get(key) != given:
-            raise ValueError(f'{path} does not fit: {key} has shape {given}, in the model {shapes.get(key)}.')
-    model.load_state_dict(weights)
+        raise InputError(f'{path} is not a file of safetensors: {error}') from error
+    given, expected = (
+        {key: tuple(tensor.shape) for key, tensor in each.items() if not is_settings(key)}
+        for each in (weights, model.state_dict())
+    )
+    for key in sorted(given.keys() | expected.keys()):
+        if given.get(key) != expected.get(key):
+            raise InputError(
+                f'{path} does not fit: {key} has shape {given.get(key)}, in the model {expected.get(key)}.'
+            )
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # other settings
+        raise InputError(f'{path} does not fit: {" ".join(str(error).split())}') from error
 
 
 def _check_card(folder: Path) -> None:
@@ -91,12 +100,12 @@ def _check_card(folder: Path) -> None:
     try:
         card = ModelCard.load(path)
     except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
+        raise InputError(f'{path}: {error}') from error
     for key, value in {'library_name': 'timm', 'pipeline_tag': 'image-classification'}.items():
         if card.data.get(key) != value:
-            raise ValueError(f'{path} must say {key}: {value}, got {card.data.get(key)!r}.')
+            raise InputError(f'{path} must say {key}: {value}, got {card.data.get(key)!r}.')
     tags = card.data.get('tags') or []
     if not {'timm', 'push-pull'} <= set(tags) or 'transformers' in tags:
-        raise ValueError(f'{path} must have the tags timm and push-pull, and not transformers, got {tags}.')
+        raise InputError(f'{path} must have the tags timm and push-pull, and not transformers, got {tags}.')
     if not card.data.get('license'):
-        raise ValueError(f'{path} must say a license.')
+        raise InputError(f'{path} must say a license.')

@@ -1,6 +1,5 @@
 """Turns a checkpoint of timm's ``train.py`` into the folder of a model for the Hugging Face Hub."""
 
-import argparse
 import copy
 import math
 import os
@@ -14,10 +13,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 import yaml
-from timm.data import ImageNetInfo, resolve_data_config
+from timm.data import ImageNetInfo
 from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 
+from ..checkpoint import model_args_of, read_checkpoint, set_data_config
 from ..class_lists import find_class_map
+from ..errors import InputError
 from ..robustness.data import DatasetImages
 from ..robustness.evaluate import evaluate_robustness
 from ..robustness.protocol import hash_modules, hash_weights
@@ -80,7 +81,7 @@ def export_checkpoint(
     stored = copy.deepcopy(model).to(dtype)
     rounded = copy.deepcopy(stored).float()
     if not all(tensor.isfinite().all() for tensor in rounded.state_dict().values()):
-        raise ValueError(f'dtype must hold all weights, some are not finite in {dtype}: take bfloat16.')
+        raise InputError(f'dtype must hold all weights, some are not finite in {dtype}: take bfloat16.')
 
     labels, evaluation, rounding = _labels(options, model.num_classes), None, None
     images = None if dataset is None else DatasetImages(dataset)
@@ -90,7 +91,7 @@ def export_checkpoint(
         evaluation = _read_evaluation(Path(results), name, model, rounded)
         labels = read_classes(results)
     if labels and len(labels) != model.num_classes:
-        raise ValueError(f'{checkpoint} has {model.num_classes} classes, the data {len(labels)}.')
+        raise InputError(f'{checkpoint} has {model.num_classes} classes, the data {len(labels)}.')
 
     label_config = _label_config(labels)
     folder = output / name
@@ -101,23 +102,23 @@ def export_checkpoint(
             stored,
             str(written),
             model_config=label_config,
-            model_args=_model_args(options),
+            model_args=model_args_of(options),
             safe_serialization=True,
         )
         (written / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner only
         sha256 = file_sha256(written / WEIGHTS)
         if read_checksum(folder) not in (None, sha256):
-            raise ValueError(f'{folder} has other weights, and the weights of a tag never change: give another tag.')
-        (written / CHECKSUM).write_text(f'{sha256}  {WEIGHTS}\n')
+            raise InputError(f'{folder} has other weights, and the weights of a tag never change: give another tag.')
+        (written / CHECKSUM).write_text(f'{sha256}  {WEIGHTS}\n', encoding='utf-8')
         recipe = recipe or yaml.safe_dump(_without_paths(options))
-        (written / RECIPE).write_text(recipe)
+        (written / RECIPE).write_text(recipe, encoding='utf-8')
         if images is not None and dtype != torch.float32:
             before, after = _top1((model, rounded), dataset, **measurement)
             rounding = Rounding(before, after, len(images.targets))
         card = model_card(
             name,
             rounded,
-            model_args=_model_args(options),
+            model_args=model_args_of(options),
             weights=str(dtype).removeprefix('torch.') + ', running average (EMA) of the training' * use_ema,
             recipe=recipe,
             departures=_departures(yaml.safe_load(recipe), options),
@@ -136,68 +137,55 @@ def export_checkpoint(
 def _read_options(checkpoint: Path, name: str) -> dict[str, Any]:
     """Read the options of the run, which ``train.py`` writes beside its checkpoints."""
     if not checkpoint.is_file():
-        raise ValueError(f'checkpoint must be a file of train.py, {checkpoint} is not one.')
+        raise InputError(f'checkpoint must be a file of train.py, {checkpoint} is not one.')
     path = checkpoint.with_name(RECIPE)
     if not path.is_file():
-        raise ValueError(f'{checkpoint} must be beside the {RECIPE} of its run, which train.py wrote; it is missing.')
-    options = yaml.safe_load(path.read_text())
+        raise InputError(f'{checkpoint} must be beside the {RECIPE} of its run, which train.py wrote; it is missing.')
+    options = yaml.safe_load(path.read_text(encoding='utf-8'))
     architecture, _, tag = name.partition('.')
     if not re.fullmatch(r'\w+', tag, re.ASCII) or not is_model(architecture):
-        raise ValueError(
+        raise InputError(
             'tag must be a network, a point, and letters, digits or underscores, such as pp_resnet18.pp3_in1k, '
             f'got {name!r}.'
         )
     if options['model'].partition('.')[0] != architecture:
-        raise ValueError(f'{checkpoint} is a checkpoint of {options["model"]}, not of {architecture}.')
+        raise InputError(f'{checkpoint} is a checkpoint of {options["model"]}, not of {architecture}.')
     return options
-
-
-def _model_args(options: Mapping[str, Any]) -> dict[str, Any]:
-    model_args = {key: value for key, value in (options.get('model_kwargs') or {}).items() if key != 'augment'}
-    named = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'gp': 'global_pool'}
-    given = {argument: options[option] for option, argument in named.items() if options.get(option) is not None}
-    return {**model_args, **given}
 
 
 def _build(name: str, options: Mapping[str, Any]) -> Any:
     """Build the network as ``train.py`` does, with the preprocessing of its images in ``pretrained_cfg``."""
     architecture, _, tag = name.partition('.')
-    model: Any = create_model(architecture, **_model_args(options))
-    data: dict[str, Any] = resolve_data_config(dict(options), model=model)
+    model: Any = create_model(architecture, **model_args_of(options))
+    set_data_config(model, options)
     reduction = model.feature_info[-1]['reduction']
-    pool_size = tuple(math.ceil(side / reduction) for side in data['input_size'][1:])
-    model.pretrained_cfg.update(data, tag=tag, num_classes=model.num_classes, pool_size=pool_size)
+    pool_size = tuple(math.ceil(side / reduction) for side in model.pretrained_cfg['input_size'][1:])
+    model.pretrained_cfg.update(tag=tag, num_classes=model.num_classes, pool_size=pool_size)
     return model.eval()
 
 
 def _known_recipe(name: str, folder: Path) -> str | None:
     if name in list_recipes():
         return recipe_text(name, with_paths=False)
-    return (folder / RECIPE).read_text() if (folder / RECIPE).is_file() else None
+    return (folder / RECIPE).read_text(encoding='utf-8') if (folder / RECIPE).is_file() else None
 
 
 def _check_network(model: nn.Module, name: str, recipe: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Refuse a network other than the recipe's."""
     if hash_modules(_build(name, recipe)) != hash_modules(model):
         of_run, of_recipe = (
-            ', '.join(f'{argument}={value}' for argument, value in _model_args(each).items())
+            ', '.join(f'{argument}={value}' for argument, value in model_args_of(each).items())
             for each in (options, recipe)
         )
-        raise ValueError(f'The checkpoint has {of_run}, but the recipe {name} has {of_recipe}: give another tag.')
+        raise InputError(f'The checkpoint has {of_run}, but the recipe {name} has {of_recipe}: give another tag.')
 
 
 def _load(model: nn.Module, checkpoint: Path, use_ema: bool) -> None:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # train.py keeps its options in the checkpoint
-            content = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    except Exception as error:  # its type depends on the fault of the file
-        raise ValueError(f'{checkpoint} cannot be read as a checkpoint: {" ".join(str(error).split())}') from error
-    if use_ema and 'state_dict_ema' not in content:
-        raise ValueError(f'{checkpoint} holds no EMA weights: the run was without --model-ema.')
+    read_checkpoint(checkpoint, use_ema)
     try:
         load_checkpoint(model, str(checkpoint), use_ema)
     except RuntimeError as error:
-        raise ValueError(
+        raise InputError(
             f'{checkpoint} does not fit the model in its {RECIPE}: {" ".join(str(error).split())}'
         ) from error
 
@@ -205,7 +193,8 @@ def _load(model: nn.Module, checkpoint: Path, use_ema: bool) -> None:
 def _labels(options: Mapping[str, Any], num_classes: int) -> Sequence[str]:
     """Name the classes in the order of the logits; empty if the options do not tell them."""
     if options.get('class_map'):
-        return Path(find_class_map(Path(options['class_map']).stem.removesuffix('_synsets'))).read_text().split()
+        path = find_class_map(Path(options['class_map']).stem.removesuffix('_synsets'))
+        return Path(path).read_text(encoding='utf-8').split()
     return ImageNetInfo().label_names() if num_classes == 1000 else []
 
 
@@ -238,7 +227,7 @@ def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Mod
             if label in rows:
                 baseline = baseline_of(label, rows[label]['baseline'], rows)
                 return Evaluation(protocol, rows[label], rows.get(baseline or ''), weights is rounded)
-    raise ValueError(
+    raise InputError(
         f'{results} holds no results of these weights; its models are {", ".join(labels.values())}. Export without '
         f'results into FOLDER, then measure the model: timm-pushpull robustness {name}=local-dir:FOLDER/{name}.'
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
+from ..errors import InputError
 from .check import check_folder
 from .registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, read_checksum
 
@@ -44,13 +45,13 @@ def push_folder(
     sha256 = read_checksum(folder)
     files = [file for file in (CARD, RECIPE, CONFIG, WEIGHTS, CHECKSUM) if (folder / file).exists()]
     if WEIGHTS not in files:
-        raise ValueError(f'{folder} has no {WEIGHTS} to push.')
+        raise InputError(f'{folder} has no {WEIGHTS} to push.')
     api, repo_id = HfApi(library_name='timm-pushpull'), f'{org}/{folder.resolve().name}'
     try:
         exists = api.repo_exists(repo_id)
         for info in api.get_paths_info(repo_id, WEIGHTS) if exists else []:
             if isinstance(info, RepoFile) and info.lfs is not None and info.lfs.sha256 != sha256:
-                raise ValueError(
+                raise InputError(
                     f'{repo_id} holds other weights (SHA-256 {info.lfs.sha256}): give your model another tag, or '
                     'delete the repository by hand if nobody uses it.'
                 )
@@ -66,7 +67,7 @@ def push_folder(
         if revision is not None:
             tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo_id).tags}
             if tags.get(revision, commit.oid) != commit.oid:
-                raise ValueError(
+                raise InputError(
                     f'{repo_id} has the git tag {revision} at another commit, {tags[revision]}: give another tag.'
                 )
             if revision not in tags:
@@ -74,5 +75,5 @@ def push_folder(
     except ValueError:
         raise
     except Exception as error:  # among others those of the HTTP library, which differs between huggingface_hub releases
-        raise ValueError(f'{repo_id} could not be pushed: {str(error).splitlines()[0]}') from error
+        raise InputError(f'{repo_id} could not be pushed: {str(error).splitlines()[0]}') from error
     return commit.commit_url

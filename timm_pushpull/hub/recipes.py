@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..class_lists import find_class_map
+from ..errors import InputError
 
 __all__ = ['list_recipes', 'read_recipe', 'recipe_commands', 'recipe_text']
 
@@ -150,7 +151,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     if name not in RECIPES:
         of_network = [recipe for recipe in sorted(RECIPES) if recipe.startswith(f'{name}.')]
         near = of_network or difflib.get_close_matches(name, RECIPES, n=3, cutoff=0)
-        raise ValueError(f'name must be one of the recipes, got {name!r}; the nearest are {", ".join(near)}.')
+        raise InputError(f'name must be one of the recipes, got {name!r}; the nearest are {", ".join(near)}.')
     network, unit, additions, base = RECIPES[name]
     recipe = {'model': network, 'model_kwargs': {**UNITS[unit][1]}, 'experiment': name, **copy.deepcopy(OPTIONS[base])}
     for addition in additions:
@@ -201,13 +202,13 @@ def recipe_commands(name: str, processes: int = 4) -> list[str]:
         ValueError: If there is no such recipe, or if the processes cannot share its batch equally.
     """
     if processes < 1:
-        raise ValueError(f'processes must be at least 1, got {processes}.')
+        raise InputError(f'processes must be at least 1, got {processes}.')
     recipe = read_recipe(name)
     train = ['train.py', '--config', f'{name}.yaml', '--data-dir', 'DATA']
     steps, batch_size = recipe.get('grad_accum_steps', 1), recipe['batch_size']
     shared_steps = math.gcd(steps, processes)
     if batch_size % (processes // shared_steps):
-        raise ValueError(f'processes must share batches of {batch_size} equally, got {processes}.')
+        raise InputError(f'processes must share batches of {batch_size} equally, got {processes}.')
     several = [*train, '--batch-size', str(batch_size * shared_steps // processes)]
     if steps > 1:
         several += ['--grad-accum-steps', str(steps // shared_steps)]

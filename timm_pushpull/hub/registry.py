@@ -22,9 +22,24 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ['CARD', 'CHECKSUM', 'CONFIG', 'HUB_ORG', 'RECIPE', 'WEIGHTS', 'HubModel']
-__all__ += ['fetch_weights', 'file_sha256', 'hub_configs', 'model_folders', 'read_checksum']
-__all__ += ['read_hub_model', 'read_hub_models']
+from ..errors import InputError
+
+__all__ = [
+    'CARD',
+    'CHECKSUM',
+    'CONFIG',
+    'HUB_ORG',
+    'RECIPE',
+    'WEIGHTS',
+    'HubModel',
+    'fetch_weights',
+    'file_sha256',
+    'hub_configs',
+    'model_folders',
+    'read_checksum',
+    'read_hub_model',
+    'read_hub_models',
+]
 
 HUB_ORG = os.environ.get('TIMM_PUSHPULL_HUB_ORG', 'timm-pushpull')
 CONFIG, RECIPE, WEIGHTS, CARD = 'config.json', 'args.yaml', 'model.safetensors', 'README.md'
@@ -105,10 +120,10 @@ def read_hub_model(folder: Path, org: str = HUB_ORG) -> HubModel:
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
-        raise ValueError(f'{path} is not JSON: {error}.') from error
+        raise InputError(f'{path} is not JSON: {error}.') from error
     for key in ('pretrained_cfg', 'model_args'):
         if not isinstance(config, dict) or not isinstance(config.get(key), dict):
-            raise ValueError(f'{path} must hold an object {key}.')
+            raise InputError(f'{path} must hold an object {key}.')
     # timm reads config.json in the same way from a local folder and from the Hub.
     fields = config['pretrained_cfg'] | {
         key: config[key] for key in ('num_classes', 'label_names', 'label_descriptions') if key in config
@@ -117,9 +132,9 @@ def read_hub_model(folder: Path, org: str = HUB_ORG) -> HubModel:
     _check_fields(cfg, path)
     sha256 = read_checksum(folder)
     if sha256 is None:
-        raise ValueError(f'{folder / CHECKSUM} is missing.')
+        raise InputError(f'{folder / CHECKSUM} is missing.')
     cfg['hf_hub_id'] = f'{org}/{folder.name}'
-    # These two come from the fields of cfg, where a caller may replace them.
+    # timm takes these two from the pretrained cfg, which a caller may override.
     model_args = {key: value for key, value in config['model_args'].items() if key not in ('num_classes', 'in_chans')}
     return HubModel(cfg, model_args, sha256)
 
@@ -131,10 +146,10 @@ def _check_fields(cfg: dict[str, Any], path: Path) -> None:
     defaults = dataclasses.asdict(PretrainedCfg())
     for key, value in cfg.items():
         if key not in defaults:
-            raise ValueError(f'{path} has the field {key}, which timm does not know.')
+            raise InputError(f'{path} has the field {key}, which timm does not know.')
         kind: Any = type(defaults[key])
         if defaults[key] is not None and not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(
+            raise InputError(
                 f'{path} must hold {"an" if kind is int else "a"} {kind.__name__} as {key}, got {value!r}.'
             )
 
@@ -166,7 +181,7 @@ def read_checksum(folder: str | os.PathLike[str]) -> str | None:
     except ValueError:  # not text
         words = []
     if not words or not re.fullmatch('[0-9a-f]{64}', words[0]):
-        raise ValueError(f'{path} must begin with a SHA-256 of 64 hexadecimal digits.')
+        raise InputError(f'{path} must begin with a SHA-256 of 64 hexadecimal digits.')
     return words[0]
 
 

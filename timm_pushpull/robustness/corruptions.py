@@ -16,6 +16,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
+from ..errors import InputError, MissingExtraError
 from .metrics import HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
 
 __all__ = ['check_corruption', 'corrupt', 'import_imagecorruptions']
@@ -34,9 +35,9 @@ def check_corruption(corruption: str, severity: int) -> None:
     names = (*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS)
     if corruption not in names:
         near = difflib.get_close_matches(corruption, names, n=1, cutoff=0)[0]
-        raise ValueError(f'corruption must be one of {", ".join(names)}, got {corruption!r}; the nearest is {near!r}.')
+        raise InputError(f'corruption must be one of {", ".join(names)}, got {corruption!r}; the nearest is {near!r}.')
     if severity not in SEVERITIES:
-        raise ValueError(f'severity must be an integer from 1 to 5, got {severity}.')
+        raise InputError(f'severity must be an integer from 1 to 5, got {severity}.')
 
 
 def corrupt(image: Image.Image, corruption: str, severity: int, index: int, seed: int = 0) -> Image.Image:
@@ -58,7 +59,7 @@ def corrupt(image: Image.Image, corruption: str, severity: int, index: int, seed
     """
     check_corruption(corruption, severity)
     if min(image.size) < 32:
-        raise ValueError(f'image must be at least 32 pixels on each side, got {image.width}x{image.height}.')
+        raise InputError(f'image must be at least 32 pixels on each side, got {image.width}x{image.height}.')
     transform = getattr(import_imagecorruptions(), corruption)
     entropy = [seed, zlib.crc32(corruption.encode()), severity, index]
     numpy_seed, own_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(2))
@@ -80,7 +81,7 @@ def import_imagecorruptions() -> ModuleType:
     try:
         import imagecorruptions
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise MissingExtraError(
             f"Generated corruptions need {error.name}: pip install 'timm-pushpull[corruptions]'", name=error.name
         ) from error
     return imagecorruptions

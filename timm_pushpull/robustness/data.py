@@ -10,6 +10,8 @@ from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import IterableDataset
 
+from ..errors import InputError
+
 __all__ = [
     'DatasetImages',
     'StoredArrays',
@@ -20,7 +22,7 @@ __all__ = [
 ]
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(InputError):
     """An image file that is missing, truncated or not an image; the message names it."""
 
 
@@ -42,7 +44,7 @@ class DatasetImages:
 
     def __init__(self, dataset: Any) -> None:
         if isinstance(dataset, IterableDataset):
-            raise ValueError(
+            raise InputError(
                 'dataset must give access by index, as image folders, tar files, hfds/ and torch/ do; '
                 f'{type(dataset).__name__} is a stream.'
             )
@@ -66,7 +68,7 @@ class DatasetImages:
             UnreadableImage: If the image cannot be read.
         """
         if self._reader is None:
-            return _decode(lambda: self._dataset[index][0].convert('RGB'), self.names[index])
+            return _decode(lambda: _to_rgb(self._dataset[index][0]), self.names[index])
         # Not dataset[index]: for an image that it cannot read, timm's dataset returns the next image.
         return _decode(lambda: _load(self._reader[index][0]), self.names[index])
 
@@ -136,12 +138,12 @@ class StoredFolders:
             lacking = [severity for severity, path in paths.items() if not path.is_dir()]
             missing += [corruption] if not found.is_dir() else [f'{corruption}/{severity}' for severity in lacking]
         if missing:
-            raise ValueError(f'{folder} lacks {", ".join(missing)}: name corruptions and severities that it has.')
+            raise InputError(f'{folder} lacks {", ".join(missing)}: name corruptions and severities that it has.')
         first = next(iter(self._folders.values()))
         try:
             images = DatasetImages(ImageDataset(str(first), class_map=class_map))
         except RuntimeError as error:  # timm found no image file
-            raise ValueError(str(error)) from None
+            raise InputError(str(error)) from None
         self.targets, self.classes, self.names = images.targets, images.classes, images.names
 
     def image(self, corruption: str, severity: int, index: int) -> Image.Image:
@@ -187,14 +189,14 @@ class StoredArrays:
         corruptions = list(corruptions)
         missing = [f'{name}.npy' for name in corruptions if not self._path(name).is_file()]
         if missing:
-            raise ValueError(f'{folder} lacks {", ".join(missing)}: name corruptions that it has.')
+            raise InputError(f'{folder} lacks {", ".join(missing)}: name corruptions that it has.')
         labels = np.load(self._path('labels'), allow_pickle=False)
         if labels.ndim != 1 or len(labels) % 5 or (labels.reshape(5, -1) != labels[: len(labels) // 5]).any():
-            raise ValueError(f'{self._path("labels")} must hold the same classes five times, once for each severity.')
+            raise InputError(f'{self._path("labels")} must hold the same classes five times, once for each severity.')
         for name in corruptions:
             array = self._array(name)
             if array.dtype != np.uint8 or array.ndim != 4 or array.shape[0] != len(labels) or array.shape[3] != 3:
-                raise ValueError(
+                raise InputError(
                     f'{self._path(name)} must hold {len(labels)} RGB images of 8 bits (N, H, W, 3), '
                     f'got {array.dtype} {array.shape}.'
                 )
@@ -243,11 +245,11 @@ def open_stored(
         ValueError: If the folder does not exist, or lacks a corruption or a severity.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f'stored must be a folder of corruptions, {folder} is not one.')
+        raise InputError(f'stored must be a folder of corruptions, {folder} is not one.')
     if not (Path(folder) / 'labels.npy').exists():
         return StoredFolders(folder, corruptions, severities, class_map)
     if class_map:
-        raise ValueError(f'class_map selects folders of classes, but {folder} holds arrays: leave class_map out.')
+        raise InputError(f'class_map selects folders of classes, but {folder} holds arrays: leave class_map out.')
     return StoredArrays(folder, corruptions)
 
 
@@ -267,7 +269,7 @@ def stratified_indices(targets: Sequence[int], limit: int | None = None) -> list
     if limit is None:
         return list(range(len(targets)))
     if limit < 1:
-        raise ValueError(f'limit must be at least 1, got {limit}.')
+        raise InputError(f'limit must be at least 1, got {limit}.')
     seen: dict[int, int] = {}
     turns = []
     for index, target in enumerate(targets):
@@ -278,7 +280,16 @@ def stratified_indices(targets: Sequence[int], limit: int | None = None) -> list
 
 def _load(file: IO[bytes]) -> Image.Image:
     with file:
-        return Image.open(file).convert('RGB')
+        return _to_rgb(Image.open(file))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB of 8 bits. Pillow would cut 16-bit grey values off at 255, which makes them white."""
+    if image.mode.startswith('I;16'):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ('I', 'F'):
+        raise InputError(f'mode {image.mode} has no fixed range of values, convert the image to 8 or 16 bits')
+    return image.convert('RGB')
 
 
 def _decode(load: Callable[[], Image.Image], name: str) -> Image.Image:

@@ -1,6 +1,7 @@
 """Runs models on clean and corrupted images and writes their predictions to a results folder."""
 
 import io
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from timm.data import resolve_data_config
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..errors import InputError
 from ..files import atomic_write
 from .corruptions import check_corruption, import_imagecorruptions
 from .data import DatasetImages, StoredArrays, StoredFolders, stratified_indices
@@ -26,6 +28,7 @@ from .store import (
     TOP,
     UNREADABLE,
     example_path,
+    lock,
     merge_protocol,
     predictions_path,
     write_images,
@@ -66,7 +69,7 @@ def evaluate_robustness(
     batches and the first process writes.
 
     Args:
-        models: Models of timm by name. The function moves them to ``device`` and sets them to evaluation mode.
+        models: Models of timm by name. They stay on ``device``, and in training mode if they were.
         folder: Results folder, made if it does not exist; see :mod:`timm_pushpull.robustness.store`.
         dataset: Clean images, as :func:`~timm_pushpull.open_dataset` returns them. None, with ``stored``, for no clean
             error.
@@ -98,14 +101,14 @@ def evaluate_robustness(
     """
     folder = Path(folder)
     if not models:
-        raise ValueError('models must hold at least one model, got none.')
+        raise InputError('models must hold at least one model, got none.')
     if batch_size < 1:
-        raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
+        raise InputError(f'batch_size must be at least 1, got {batch_size}.')
     for corruption in corruptions:
         for severity in severities:
             check_corruption(corruption, severity)
     if dataset is None and stored is None:
-        raise ValueError('dataset must be given unless stored is, got None for both.')
+        raise InputError('dataset must be given unless stored is, got None for both.')
     clean = None if dataset is None else DatasetImages(dataset)
     if clean is not None and stored is not None:
         _check_same_images(clean, stored)
@@ -115,14 +118,19 @@ def evaluate_robustness(
         data_configs = {
             name: resolve_data_config({}, model=model, use_test_size=stored is None) for name, model in models.items()
         }
+    for name, config in data_configs.items():
+        if not 0 < config['crop_pct'] < math.inf or not all(0 < value < math.inf for value in config['std']):
+            raise InputError(
+                f'crop_pct and std of {name} must be positive, got crop_pct={config["crop_pct"]}, std={config["std"]}.'
+            )
     if missing := [name for name in models if name not in data_configs]:
-        raise ValueError(f'data_configs must have an entry for each model, {", ".join(missing)} has none.')
+        raise InputError(f'data_configs must have an entry for each model, {", ".join(missing)} has none.')
     data_configs = {name: data_configs[name] for name in models}
     views = Views(clean, stored, seed, data_configs, skip_unreadable)
     images = views.images
     for name, model in models.items():
         if model.num_classes != len(images.classes):
-            raise ValueError(f'{name} has {model.num_classes} classes, but the images have {len(images.classes)}.')
+            raise InputError(f'{name} has {model.num_classes} classes, but the images have {len(images.classes)}.')
     indices = stratified_indices(images.targets, limit)
     passes = [(CLEAN, 0)] if clean is not None else []
     passes += [(corruption, severity) for corruption in corruptions for severity in severities]
@@ -135,9 +143,9 @@ def evaluate_robustness(
             'versions': versions(),
             'models': describe_models(models, data_configs, amp_dtype, device),
         }
-        protocol = merge_protocol(folder, protocol)
-        check_baseline(baseline, protocol['models'])
-        write_protocol(folder, protocol)
+        check_baseline(baseline, merge_protocol(folder, protocol)['models'])
+        with lock(folder):
+            write_protocol(folder, merge_protocol(folder, protocol))
         names, targets = [images.names[index] for index in indices], [images.targets[index] for index in indices]
         write_images(folder, names, targets, images.classes)
         unfinished = {
@@ -146,26 +154,32 @@ def evaluate_robustness(
         plan[0] = {key: names for key, names in unfinished.items() if names}
     if _world_size() > 1:
         dist.broadcast_object_list(plan)
-    _run(
-        plan[0],
-        models,
-        data_configs,
-        views,
-        indices,
-        folder,
-        torch.device(device),
-        batch_size,
-        workers,
-        amp_dtype,
-        progress,
-    )
+    modes = [(module, module.training) for model in models.values() for module in model.modules()]
+    try:
+        _run(
+            plan[0],
+            models,
+            data_configs,
+            views,
+            indices,
+            folder,
+            torch.device(device),
+            batch_size,
+            workers,
+            amp_dtype,
+            progress,
+        )
+    finally:
+        for module, training in modes:
+            module.training = training
 
     if _rank() > 0:
         return []
     middle = sorted(severities)[len(severities) // 2 :][:1]
     _write_examples(folder, views, indices, [key for key in passes if key[0] == CLEAN or key[1] in middle])
-    write_errors(folder)
-    return write_summary(folder, baseline)
+    with lock(folder):
+        write_errors(folder)
+        return write_summary(folder, baseline)
 
 
 def _run(
@@ -191,22 +205,30 @@ def _run(
     loader = DataLoader(
         views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == 'cuda', worker_init_fn=_one_thread
     )
-    batches_left = iter(loader)
+    with torch.device('cpu'):  # the loader draws a seed, on the program's default device
+        batches_left = iter(loader)
     with tqdm(total=len(batches), unit='batch', disable=not (progress and batches and _rank() == 0)) as bar:
         for (corruption, severity), names in plan.items():
             bar.set_description(f'{corruption} {severity}' if severity else CLEAN)
             predictions: dict[str, list[np.ndarray]] = {name: [] for name in names}
-            for _ in starts:
+            for start in starts:
                 batch, targets = next(batches_left)
                 batch = [images.to(device, non_blocking=True) for images in batch]
                 for name in names:
                     images = batch[views.geometry[name]]
-                    predictions[name].append(_predict(models[name], images, targets, data_configs[name], amp_dtype))
+                    logits = _logits(models[name], images, data_configs[name], amp_dtype)
+                    wrong = (~logits.isfinite().all(1).cpu() & (targets >= 0)).nonzero()[:1]
+                    if len(wrong):
+                        image = views.images.names[indices[start + int(wrong)]]
+                        under = f'{corruption} {severity}' if severity else CLEAN
+                        raise InputError(f'{name} gives logits that are not finite for image {image} ({under}).')
+                    predictions[name].append(_predict(logits, targets))
                 bar.update()
             for name, array in _gather(predictions).items():
                 write_predictions(predictions_path(folder, name, corruption, severity), array)
             if _rank() == 0:
-                write_errors(folder)
+                with lock(folder):
+                    write_errors(folder)
 
 
 def _one_thread(worker: int) -> None:
@@ -216,17 +238,19 @@ def _one_thread(worker: int) -> None:
 
 
 @torch.inference_mode()
-def _predict(
-    model: nn.Module,
-    images: torch.Tensor,
-    targets: torch.Tensor,
-    data_config: Mapping[str, Any],
-    amp_dtype: torch.dtype | None,
-) -> np.ndarray:
+def _logits(
+    model: nn.Module, images: torch.Tensor, data_config: Mapping[str, Any], amp_dtype: torch.dtype | None
+) -> torch.Tensor:
     # The arithmetic of timm's prefetcher.
-    mean, std = (255 * torch.tensor(data_config[key], device=images.device).view(-1, 1, 1) for key in ('mean', 'std'))
+    mean, std = (
+        255 * torch.tensor(data_config[key], dtype=torch.float32, device=images.device).view(-1, 1, 1)
+        for key in ('mean', 'std')
+    )
     with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype is not None):
-        logits = model(images.float().sub_(mean).div_(std))
+        return model(images.float().sub_(mean).div_(std))
+
+
+def _predict(logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
     first = logits.topk(min(TOP, logits.shape[1])).indices.cpu()
     right = first == targets[:, None]
     predictions = np.empty(len(targets), PREDICTION)
@@ -276,10 +300,10 @@ def _write_examples(folder: Path, views: Views, indices: Sequence[int], keys: Se
 
 def _check_same_images(clean: DatasetImages, stored: StoredFolders | StoredArrays) -> None:
     if len(clean.targets) != len(stored.targets):
-        raise ValueError(f'dataset has {len(clean.targets)} images, but stored has {len(stored.targets)}.')
+        raise InputError(f'dataset has {len(clean.targets)} images, but stored has {len(stored.targets)}.')
     for index, (ours, theirs) in enumerate(zip(_identities(clean), _identities(stored), strict=True)):
         if ours != theirs:
-            raise ValueError(
+            raise InputError(
                 f'dataset and stored must hold the same images in the same order; image {index} is '
                 f'{clean.names[index]} of class {clean.targets[index]} in dataset, '
                 f'{stored.names[index]} of class {stored.targets[index]} in stored.'

@@ -9,7 +9,9 @@ from typing import Any
 from timm.data import create_dataset
 from timm.models import create_model, load_checkpoint
 
+from ..checkpoint import model_args_of, read_checkpoint, set_data_config
 from ..class_lists import find_class_map
+from ..errors import InputError
 from ..layers.push_pull import PushPullConv2d
 
 __all__ = ['load_model', 'load_models', 'open_dataset', 'refused_by_timm']
@@ -37,14 +39,14 @@ def open_dataset(
     """
     root = None if data_dir is None else os.fspath(data_dir)
     if not name and (root is None or not os.path.exists(root)):
-        raise ValueError(f'data_dir must be a folder of images, {root} is not one.')
+        raise InputError(f'data_dir must be a folder of images, {root} is not one.')
     options: dict[str, Any] = dict(root=root, split=split, class_map=find_class_map(class_map, root or ''))
     with refused_by_timm(f'{name or "images"} in {root}'):
         dataset: Any = create_dataset(name, **options)
     if root is not None and not name and dataset.reader.root == root:
         has_training = any(os.path.isdir(os.path.join(root, training)) for training in ('train', 'training'))
         if split != 'validation' or has_training:
-            raise ValueError(f'split must be a folder in data_dir, there is no {split} in {root}.')
+            raise InputError(f'split must be a folder in data_dir, there is no {split} in {root}.')
     return dataset
 
 
@@ -66,14 +68,14 @@ def load_models(
             :func:`load_model`.
     """
     if checkpoints and len(checkpoints) != len(names):
-        raise ValueError(f'checkpoint must name one file for each of the {len(names)} models, got {len(checkpoints)}.')
+        raise InputError(f'checkpoint must name one file for each of the {len(names)} models, got {len(checkpoints)}.')
     models: dict[str, Any] = {}
     for number, name in enumerate(names):
         label, equals, model_name = name.partition('=')
         if not equals or '/' in label or ':' in label:
             label = model_name = name
         if label in models:
-            raise ValueError(f'model {label} is given twice: give its models different labels, LABEL={model_name}.')
+            raise InputError(f'model {label} is given twice: give its models different labels, LABEL={model_name}.')
         models[label] = load_model(model_name, checkpoints[number] if checkpoints else None, **options)
     return models
 
@@ -87,11 +89,14 @@ def load_model(
 ) -> Any:
     """Create a model and load its weights.
 
+    A checkpoint of ``train.py`` holds the options of the training. The model arguments in it, the number of classes,
+    and the size and normalization of the images are those of the model, unless they are given here.
+
     Args:
         name: Model name that ``timm.create_model`` takes.
         checkpoint: File of the weights; None for timm's pretrained weights.
         use_ema: Load the EMA weights of the checkpoint.
-        num_classes: Number of classes; None for the default of the model.
+        num_classes: Number of classes; None for that of the checkpoint, or else the default of the model.
         **model_kwargs: Other arguments of the model.
 
     Returns:
@@ -102,15 +107,20 @@ def load_model(
             alpha and the model would keep a random one.
         OSError: If pretrained weights cannot be downloaded.
     """
-    if checkpoint is not None and not os.path.isfile(checkpoint):
-        raise ValueError(f'checkpoint must be a file, {checkpoint} is not one.')
+    options = {} if checkpoint is None else read_checkpoint(checkpoint, use_ema)
+    if options.get('model', '').partition('.')[0] != name.partition('.')[0]:
+        options = {}  # those of another network
+    if num_classes is not None:
+        model_kwargs['num_classes'] = num_classes
     with refused_by_timm(name):
-        model = create_model(name, pretrained=checkpoint is None, num_classes=num_classes, **model_kwargs)
+        model = create_model(name, pretrained=checkpoint is None, **{**model_args_of(options), **model_kwargs})
         if checkpoint is not None:
+            if options:
+                set_data_config(model, options)
             drawn = _erase_drawn_alpha(model)
             load_checkpoint(model, os.fspath(checkpoint), use_ema)
             if any(alpha.isnan().any() for alpha in drawn):
-                raise ValueError(
+                raise InputError(
                     f'checkpoint {checkpoint} holds no alpha, and {name} would keep a random one: give the model '
                     'argument push_pull=False for a plain network, otherwise alpha.'
                 )
@@ -135,10 +145,14 @@ def refused_by_timm(subject: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, ImportError, RuntimeError, TypeError) as error:
+    except InputError:
+        raise
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         message = textwrap.shorten(str(error), 300)
-        if 'No pretrained weights' in message:
+        if isinstance(error, TypeError) and 'argument' not in message:
+            raise  # a bug: timm refuses arguments by their names
+        if 'no pretrained weights' in message.lower():
             message = 'there are no pretrained weights, give a checkpoint.'
         elif 'size mismatch' in message:
-            message += ' Give the num_classes and model arguments of the training, or the name with its tag.'
-        raise ValueError(f'{subject}: {message}') from None
+            message += ' Give the num_classes and model arguments of the training.'
+        raise InputError(f'{subject}: {message}') from error

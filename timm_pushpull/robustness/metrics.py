@@ -7,6 +7,8 @@ name, see ``MEANS``.
 
 from collections.abc import Mapping
 
+from ..errors import InputError
+
 __all__ = [
     'ALEXNET_CORRUPTION_ERRORS',
     'CLEAN',
@@ -78,7 +80,7 @@ def corruption_error(errors: Mapping[int, float]) -> float:
         ValueError: If ``errors`` is empty.
     """
     if not errors:
-        raise ValueError('errors must hold at least one severity, got none.')
+        raise InputError('errors must hold at least one severity, got none.')
     return sum(errors.values()) / len(errors)
 
 
@@ -179,5 +181,5 @@ def words_of(corruption: str) -> str:
 def _test_errors(corruption_errors: Mapping[str, float]) -> dict[str, float]:
     missing = [name for name in TEST_CORRUPTIONS if name not in corruption_errors]
     if missing:
-        raise ValueError(f'mCE needs all {len(TEST_CORRUPTIONS)} test corruptions, missing: {", ".join(missing)}.')
+        raise InputError(f'mCE needs all {len(TEST_CORRUPTIONS)} test corruptions, missing: {", ".join(missing)}.')
     return {name: corruption_errors[name] for name in TEST_CORRUPTIONS}

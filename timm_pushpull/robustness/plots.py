@@ -30,7 +30,7 @@ __all__ = [
 
 MARKERS = 'osD^vPX<'  # one more than there are colours: the eighth model differs from the first
 ZERO_LINE = 'R_net = 0'
-GAIN, LOSS = COLORS[0], COLORS[1]
+GAIN, LOSS, OPEN = COLORS[0], COLORS[1], '#999999'
 
 
 def plot_mce_against_clean_error(rows: Sequence[Mapping[str, Any]]) -> 'Figure | None':
@@ -190,29 +190,40 @@ def plot_examples(example: ExampleImage, models: Sequence[str]) -> 'Figure':
     return figure
 
 
-def plot_pairs(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 'Figure | None':
+def plot_pairs(
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], intervals: Sequence[tuple[Any, Any]] = ()
+) -> 'Figure | None':
     """Plot plain mCE against the clean error for pairs of models, with an arrow between the models of a pair.
 
     Args:
         pairs: Rows of the two models of each pair: rows of a summary, or of its means over training runs.
+        intervals: Low and high end of the difference in plain mCE of each pair, '' if unknown. An arrow whose interval
+            holds 0 is grey.
 
     Returns:
         The figure, None if no pair has both measures.
     """
-    arrows = [pair for pair in pairs if all(row[measure] != '' for row in pair for measure in ('E', 'plain_mCE'))]
+    known = [all(row[measure] != '' for row in pair for measure in ('E', 'plain_mCE')) for pair in pairs]
+    arrows = [pair for pair, is_known in zip(pairs, known, strict=True) if is_known]
     if not arrows:
         return None
+    ends = [end for end, is_known in zip(intervals or [('', '')] * len(pairs), known, strict=True) if is_known]
     points = {row['model']: (row['E'], row['plain_mCE']) for pair in arrows for row in pair}
     lines = [(points[start['model']], points[end['model']]) for start, end in arrows]
     figure = new_figure(4.4)
     axes = figure.subplots()
-    for start, end in lines:
+    for (start, end), (low, high) in zip(lines, ends, strict=True):
         color = GAIN if end[1] < start[1] else LOSS
+        if low != '' and low <= 0 <= high:
+            color = OPEN
         style = dict(arrowstyle='-|>', color=color, lw=1.6, mutation_scale=11, shrinkA=3, shrinkB=3)
         axes.annotate('', xy=end, xytext=start, arrowprops=style)
     axes.plot(*zip(*points.values(), strict=True), 'o', color='#333', markersize=4, zorder=4)
     axes.margins(x=0.22, y=0.14)  # room for names
-    for color, words in ((GAIN, 'plain mCE falls'), (LOSS, 'plain mCE does not fall')):
+    words_of_colors = [(GAIN, 'plain mCE falls'), (LOSS, 'plain mCE does not fall')]
+    if intervals:
+        words_of_colors.append((OPEN, 'plain mCE: interval holds 0'))
+    for color, words in words_of_colors:
         axes.plot([], [], color=color, lw=1.6, label=words)
     _label_errors(axes)
     _add_legend(figure, axes)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..layers.settings import is_settings
 from .data import DatasetImages, StoredArrays, StoredFolders
 
 __all__ = ['describe_corruptions', 'describe_images', 'describe_models', 'hash_modules', 'hash_weights', 'versions']
@@ -125,6 +126,9 @@ def hash_modules(model: nn.Module) -> str:
 def hash_weights(model: nn.Module) -> str:
     """Compute a checksum of the weights and buffers of a model: names, data types, shapes and values.
 
+    The settings in the state dict are not among them: earlier versions did not write them, and :func:`hash_modules` has
+    them.
+
     Args:
         model: The model.
 
@@ -132,11 +136,12 @@ def hash_weights(model: nn.Module) -> str:
         SHA-256 in hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not is_settings(name)}
+    for name, tensor in sorted(weights.items()):
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..drawing import to_png
+from ..errors import InputError
 from ..files import atomic_write
 from . import page, plots
 from .examples import read_examples
+from .metrics import COMPARISONS
 from .runs import Runs, difference_of_means, find_pairs, group_runs, less_baseline, means_over_runs, select_runs
 from .store import differences, read_predictions, read_protocol
-from .summary import baseline_of, check_baseline, compare, model_of, read_baseline, read_summary, summarize
+from .summary import baseline_of, check_baseline, columns_of, model_of, read_baseline, read_summary, summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,10 +61,11 @@ def write_report(
     elif len(results) == 1:
         sections = _summary_sections(summary, output, baseline, pairs)
     else:
-        raise ValueError(f'{summary} is a file: name results folders, or one summary.csv.')
+        raise InputError(f'{summary} is a file: name results folders, or one summary.csv.')
     if note:
         sections = [f'<p>{html.escape(note)}</p>', *sections]
-    atomic_write(output / 'report.html', page.document(sections).encode())
+    # Names of files may be any bytes.
+    atomic_write(output / 'report.html', page.document(sections).encode(errors='replace'))
     return output / 'report.html'
 
 
@@ -81,7 +84,7 @@ class _Part:
         self.folders.append(folder)
         predictions = {name: passes for name, passes in read_predictions(folder).items() if passes}
         if not predictions:
-            raise ValueError(f'{folder} holds no results yet: repeat the command that started it.')
+            raise InputError(f'{folder} holds no results yet: repeat the command that started it.')
         for name, passes in predictions.items():
             details = protocol['models'][name]
             labels = name, f'{name} ({folder.name})', f'{name} ({folder.resolve()})'
@@ -146,7 +149,9 @@ def _folder_section(part: _Part, output: Path, prefix: str, baseline: str | None
 def _summary_sections(path: Path, output: Path, baseline: str | None, pairs: Sequence[str]) -> list[str]:
     rows = read_summary(path)
     if baseline is not None and baseline != rows[0]['baseline']:
-        rows = compare(rows, baseline)
+        check_baseline(baseline, [row['model'] for row in rows])
+        ratios = {column: '' for measure in COMPARISONS for column in columns_of(measure)}  # need the predictions
+        rows = [{**row, **ratios, 'baseline': baseline} for row in rows]
     _check_pairs(pairs, [[row['model'] for row in rows]])
     words = html.escape(f'From {path.name}. The protocol is in protocol.json of its results folder.')
     return [f'<p>{words}</p>', *_tables_and_plots(rows, {}, output, '', pairs)]
@@ -156,7 +161,7 @@ def _check_pairs(pairs: Sequence[str], parts: Sequence[Collection[str]]) -> None
     for pair in pairs:
         if not any(find_pairs([pair], models) for models in parts):
             names = dict.fromkeys(name for models in parts for name in (*map(model_of, models), *models))
-            raise ValueError(
+            raise InputError(
                 f'pairs must be FROM:TO, names of models with one protocol, got {pair!r}. Models: {", ".join(names)}.'
             )
 
@@ -208,7 +213,8 @@ def _pair_sections(models: Runs, pairs: Sequence[tuple[str, str]], path: Path) -
         'Plain mCE against the clean error, mean of the training runs. An arrow leads from the first model of a pair '
         'to the second.'
     )
-    figure = plots.plot_pairs([(means[start], means[end]) for start, end in pairs])
+    intervals = [tuple(row[column] for column in columns_of('plain_mCE')[1:]) for row in rows]
+    figure = plots.plot_pairs([(means[start], means[end]) for start, end in pairs], intervals)
     return ['<h2>Differences of pairs</h2>', page.pair_differences(rows), *_write_plot(figure, path, caption)]
 
 

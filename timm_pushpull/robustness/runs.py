@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import MissingExtraError
 from .metrics import KINDS
 from .summary import columns_of, model_of
 
@@ -155,7 +156,7 @@ def _welch(left: Sequence[float], right: Sequence[float]) -> tuple[Any, Any, Any
         from scipy.stats import ttest_ind
     except ModuleNotFoundError as error:
         message = "Intervals of differences need scipy: pip install 'timm-pushpull[report]'"
-        raise ModuleNotFoundError(message, name=error.name) from error
+        raise MissingExtraError(message, name=error.name) from error
 
     difference = np.mean(right) - np.mean(left)
     if min(len(left), len(right)) < 2 or len(set(left)) == len(set(right)) == 1:

@@ -32,9 +32,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
+from filelock import FileLock
 
+from ..errors import InputError
 from ..files import atomic_write
 from .metrics import CLEAN
 
@@ -47,6 +50,7 @@ __all__ = [
     'differences',
     'example_path',
     'find_examples',
+    'lock',
     'merge_protocol',
     'predictions_path',
     'read_classes',
@@ -68,6 +72,19 @@ Predictions = Mapping[str, Mapping[tuple[str, int], np.ndarray]]
 """Arrays of type ``PREDICTION`` by model, then by corruption and severity; ``('clean', 0)`` for clean images."""
 
 
+def lock(folder: str | os.PathLike[str]) -> FileLock:
+    """Lock a results folder, so that runs which join it at the same time do not lose each other's results.
+
+    Args:
+        folder: Results folder, made if it does not exist.
+
+    Returns:
+        Context manager that waits for the lock.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return FileLock(Path(folder) / '.lock')
+
+
 def read_protocol(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read ``protocol.json``.
 
@@ -81,9 +98,9 @@ def read_protocol(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If the folder has no such file.
     """
     try:
-        return json.loads((Path(folder) / 'protocol.json').read_text())
+        return json.loads((Path(folder) / 'protocol.json').read_text(encoding='utf-8'))
     except FileNotFoundError:
-        raise ValueError(f'{folder} holds no results: there is no protocol.json.') from None
+        raise InputError(f'{folder} holds no results: there is no protocol.json.') from None
 
 
 def write_protocol(folder: str | os.PathLike[str], protocol: Mapping[str, Any]) -> None:
@@ -107,8 +124,7 @@ def merge_protocol(folder: str | os.PathLike[str], protocol: Mapping[str, Any]) 
         Protocol with the models of the folder and of the run.
 
     Raises:
-        ValueError: If the folder holds results of another protocol (the message names the field that differs), or if
-            the predictions of two models would share a folder.
+        ValueError: If the folder holds results of another protocol; the message names the field that differs.
     """
     merged = json.loads(json.dumps(protocol))  # lists for tuples, as in the file
     if (Path(folder) / 'protocol.json').exists():
@@ -117,15 +133,10 @@ def merge_protocol(folder: str | os.PathLike[str], protocol: Mapping[str, Any]) 
         # Compare the models that the folder holds, and no new ones.
         comparable = {**merged, 'models': {name: merged['models'][name] for name in found['models']}}
         for field, there, here in differences(found, comparable):
-            raise ValueError(
+            raise InputError(
                 f'{folder} holds results of another protocol: {field} is {there} there and {here} here. '
                 'Name another folder.'
             )
-    names: dict[Path, str] = {}
-    for name in merged['models']:
-        other = names.setdefault(predictions_path(folder, name, CLEAN, 0), name)
-        if other != name:
-            raise ValueError(f'models {other} and {name} would share the folder of their predictions: rename one.')
     return merged
 
 
@@ -197,10 +208,11 @@ def predictions_path(folder: str | os.PathLike[str], model: str, corruption: str
         severity: 1 to 5, or 0 for clean images.
 
     Returns:
-        Path of the file, which may not exist yet.
+        Path of the file, which may not exist yet. Its folder is the name of the model, quoted as in a URL, so that no
+        two models share a folder.
     """
-    safe_name = ''.join(c if c.isalnum() or c in '._-' else '_' for c in model)
-    return Path(folder) / 'predictions' / safe_name / f'{corruption}-{severity}.npy'
+    name = quote(model, safe='@', errors='surrogateescape').replace('.', '%2E', model.startswith('.'))
+    return Path(folder) / 'predictions' / name / f'{corruption}-{severity}.npy'
 
 
 def write_predictions(path: Path, predictions: np.ndarray) -> None:
@@ -299,7 +311,7 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     Returns:
         Its rows.
     """
-    with open(path, newline='') as file:
+    with open(path, newline='', encoding='utf-8', errors='surrogateescape') as file:
         return list(csv.DictReader(file))
 
 
@@ -315,4 +327,4 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(columns), lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-    atomic_write(path, text.getvalue().encode())
+    atomic_write(path, text.getvalue().encode(errors='surrogateescape'))  # names of files may be any bytes

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import InputError
 from .metrics import (
     CLEAN,
     COMPARISONS,
@@ -41,7 +42,6 @@ __all__ = [
     'baseline_row',
     'check_baseline',
     'columns_of',
-    'compare',
     'measures_of',
     'model_of',
     'not_compared',
@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 RESAMPLES = 1000
+FEWEST_ERRORS = 20  # of a baseline: a ratio to fewer errors depends on luck
 ENDS = ('_low', '_high')  # of an interval
 TEXT_COLUMNS = ('model', 'interpolation', 'severities', 'baseline')
 
@@ -109,7 +110,7 @@ def check_baseline(baseline: str | None, models: Collection[str]) -> None:
     """
     names = dict.fromkeys([*models, *map(model_of, models)])
     if baseline is not None and baseline not in names:
-        raise ValueError(f'baseline must be one of the models {", ".join(names)}, got {baseline!r}.')
+        raise InputError(f'baseline must be one of the models {", ".join(names)}, got {baseline!r}.')
 
 
 def baseline_of(model: str, baseline: str | None, models: Collection[str]) -> str | None:
@@ -213,10 +214,10 @@ def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     columns = {column for measure in measures_of(rows) for column in columns_of(measure)}
     columns |= {*TEXT_COLUMNS, 'img_size', 'crop_pct', 'unreadable'}
     if not rows or not columns <= rows[0].keys():
-        raise ValueError(f'{path} is not a summary.csv of timm-pushpull robustness.')
+        raise InputError(f'{path} is not a summary.csv of timm-pushpull robustness.')
     models = [row['model'] for row in rows]
     if twice := next((model for model in models if models.count(model) > 1), None):
-        raise ValueError(f'{path} names {twice} twice: delete or rename one of its rows.')
+        raise InputError(f'{path} names {twice} twice: delete or rename one of its rows.')
     return rows
 
 
@@ -244,7 +245,7 @@ def summarize(
     Returns:
         One row for each model with predictions: the columns of timm's result tables, the number of predictions missing
         for unreadable images, then E, CE and means in percent, with ``_low`` and ``_high`` for the ends of their
-        intervals. '' stands for a value that lacks images, corruptions, classes or a baseline.
+        intervals; '' where a value cannot be computed, or is a ratio to fewer than 20 errors of the baseline.
 
     Raises:
         ValueError: If the baseline is not among the models.
@@ -264,47 +265,12 @@ def summarize(
         row['baseline'] = baseline or ''
         with np.errstate(divide='ignore', invalid='ignore'):
             baseline_rates = rates.get(baseline_of(name, baseline, protocol['models']) or '')
-            measures = _measures(rates[name], baseline_rates, severities, protocol['data']['imagenet_1k'])
+            measures = _measures(rates[name], baseline_rates, severities, protocol['data'])
         for measure, values in measures.items():
             numbers = [None] * 3 if values is None else [values[0], *_interval(values[1:])]
             row.update(zip(columns_of(measure), map(_rounded, numbers), strict=True))
         rows.append(row)
     return rows
-
-
-def compare(rows: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """Compare the rows of a summary with a baseline.
-
-    Relative mCE and R_net have no intervals here: intervals need the predictions.
-
-    Args:
-        rows: Rows of a summary.
-        baseline: Baseline of relative mCE and R_net, see :func:`baseline_of`.
-
-    Returns:
-        The rows with their relative mCE and R_net.
-
-    Raises:
-        ValueError: If the baseline is not among the models.
-    """
-    models = {row['model']: row for row in rows}
-    check_baseline(baseline, models)
-    needed = ('E', *(f'CE_{name}' for name in TEST_CORRUPTIONS))
-    compared = []
-    for row in rows:
-        baseline_row = models.get(baseline_of(row['model'], baseline, models) or '')
-        numbers: dict[str, Any] = {column: '' for measure in COMPARISONS for column in columns_of(measure)}
-        if baseline_row and all(other.get(name, '') != '' for other in (row, baseline_row) for name in needed):
-            with np.errstate(divide='ignore', invalid='ignore'):
-                values = _comparisons(*_fractions(row), *_fractions(baseline_row))
-            numbers |= {measure: _rounded(value) for measure, value in values.items()}
-        compared.append({**row, **numbers, 'baseline': baseline})
-    return compared
-
-
-def _fractions(row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return E and CE of a row, in [0, 1]."""
-    return np.float64(row['E']) / 100, {name: np.float64(row[f'CE_{name}']) / 100 for name in TEST_CORRUPTIONS}
 
 
 def view_differences(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -394,29 +360,28 @@ def _accuracy(clean: np.ndarray | None) -> dict[str, Any]:
     return dict(zip(columns, map(_rounded, (top1, 100 - top1, top5, 100 - top5)), strict=True))
 
 
-def _measures(rates: _Rates, baseline: _Rates | None, severities: Sequence[int], imagenet: bool) -> dict[str, Any]:
+def _measures(
+    rates: _Rates, baseline: _Rates | None, severities: Sequence[int], data: Mapping[str, Any]
+) -> dict[str, Any]:
     errors = rates.corruption_errors(severities)
     complete = errors.keys() >= set(TEST_CORRUPTIONS)
     measures: dict[str, Any] = {'E': None if rates.clean is None else 100 * rates.clean}
     measures.update({f'CE_{name}': 100 * errors[name] for name in sorted(errors, key=_table_order)})
     measures['plain_mCE'] = 100 * plain_mce(errors) if complete else None
     # AlexNet's errors are means over the five severities.
-    normalize = complete and imagenet and tuple(severities) == SEVERITIES
+    normalize = complete and data['imagenet_1k'] and tuple(severities) == SEVERITIES
     measures['alexnet_normalized_mCE'] = 100 * normalized_mce(errors) if normalize else None
     measures.update(dict.fromkeys(COMPARISONS))
     if complete and baseline is not None and rates.clean is not None and baseline.clean is not None:
         baseline_errors = baseline.corruption_errors(severities)
         if baseline_errors.keys() >= set(TEST_CORRUPTIONS):
-            measures.update(_comparisons(rates.clean, errors, baseline.clean, baseline_errors))
+            added = min((baseline_errors[name] - baseline.clean)[0] for name in TEST_CORRUPTIONS)
+            if added * data['images'] * len(severities) >= FEWEST_ERRORS:
+                measures['relative_mCE'] = 100 * relative_mce(rates.clean, errors, baseline.clean, baseline_errors)
+            if baseline.clean[0] * data['images'] >= FEWEST_ERRORS:
+                mce, baseline_mce = plain_mce(errors), plain_mce(baseline_errors)
+                measures['R_net'] = net_error_reduction(rates.clean, mce, baseline.clean, baseline_mce)
     return measures
-
-
-def _comparisons(
-    clean: Any, errors: Mapping[str, Any], baseline_clean: Any, baseline_errors: Mapping[str, Any]
-) -> dict[str, Any]:
-    relative = 100 * relative_mce(clean, errors, baseline_clean, baseline_errors)
-    net = net_error_reduction(clean, plain_mce(errors), baseline_clean, plain_mce(baseline_errors))
-    return dict(zip(COMPARISONS, (relative, net), strict=True))
 
 
 def _table_order(corruption: str) -> tuple[int, str]:

@@ -8,6 +8,7 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import Dataset
 
+from ..errors import InputError
 from .corruptions import corrupt
 from .data import DatasetImages, StoredArrays, StoredFolders, UnreadableImage
 from .metrics import CLEAN
@@ -63,7 +64,7 @@ class Views(Dataset):
         for name, config in data_configs.items():
             geometry = {key: config[key] for key in ('input_size', 'crop_pct', 'crop_mode', 'interpolation')}
             if geometry['input_size'][0] != 3:
-                raise ValueError(f'{name} takes {geometry["input_size"][0]} channels, but corruptions need 3 (RGB).')
+                raise InputError(f'{name} takes {geometry["input_size"][0]} channels, but corruptions need 3 (RGB).')
             if geometry not in geometries:
                 geometries.append(geometry)
             self.geometry[name] = geometries.index(geometry)
@@ -72,15 +73,16 @@ class Views(Dataset):
         # Stored corruptions were cropped when they were made.
         self._resize = [_transforms({**geometry, 'crop_pct': 1.0}) for geometry in geometries]
 
-    def __getitem__(self, view: View) -> tuple[list[torch.Tensor], int]:
+    def __getitem__(self, view: View) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Return one image for each geometry, uint8 (3, H, W), and its class."""
         try:
             arrays = self._arrays(view)
         except UnreadableImage as error:
             if not self._skip_unreadable:
                 raise UnreadableImage(f'{error} To leave out and count such images, set skip_unreadable.') from None
-            return [torch.zeros(size, dtype=torch.uint8) for size in self._sizes], -1
-        return [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays], self.images.targets[view.image]
+            return [torch.zeros(size, dtype=torch.uint8, device='cpu') for size in self._sizes], _cpu_tensor(-1)
+        images = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
+        return images, _cpu_tensor(self.images.targets[view.image])
 
     def _arrays(self, view: View) -> list[np.ndarray]:
         is_clean = view.corruption == CLEAN
@@ -98,6 +100,11 @@ class Views(Dataset):
                 seen = corrupt(seen, *view, self._seed)
             arrays.append(np.asarray(seen))
         return arrays
+
+
+def _cpu_tensor(target: int) -> torch.Tensor:
+    """Return a class as a tensor: a loader would collect numbers on the program's default device."""
+    return torch.tensor(target, device='cpu')
 
 
 def _transforms(geometry: Mapping[str, Any]) -> list[Any]:

@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..drawing import COLORS, new_figure, to_png
+from ..errors import InputError
 from ..files import atomic_write
 from ..layers.push_pull import PushPullConv2d
 from ..ops.reference import PullKernel, pull_kernels
@@ -107,9 +108,9 @@ def _first_unit(model: nn.Module) -> tuple[str, PushPullConv2d]:
         if isinstance(layer, PushPullConv2d):
             for parameter, value in layer.named_parameters(path):
                 if not value.isfinite().all():
-                    raise ValueError(f'{name} cannot be drawn: {parameter} has values that are not finite.')
+                    raise InputError(f'{name} cannot be drawn: {parameter} has values that are not finite.')
             return path, layer
-    raise ValueError(
+    raise InputError(
         f'{name} has no push-pull unit to draw: take one of timm.list_models("pp_*"), or convert it first '
         '(timm_pushpull.convert_to_push_pull).'
     )
@@ -205,7 +206,7 @@ def _edge(
     for name in RESPONSES:
         values = [snr[noise_std, name] for noise_std in NOISE_STDS]
         heights = [value if value is not None and math.isfinite(value) else math.nan for value in values]
-        label = f'{name}: none that is finite' if all(map(math.isnan, heights)) else name
+        label = f'{name}: no finite SNR' if all(map(math.isnan, heights)) else name
         axis.plot(NOISE_STDS, heights, label=label, **LINES[name])
     axis.set(
         xlim=(-0.05, 1.05), xlabel="noise std (the edge's height is 1)", ylabel=f'SNR over {NOISE_DRAWS} draws (dB)'
