@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # one thread for each process of pytest-xdist
+
 import pytest
 import torch
 from hub_server import Hub

@@ -35,13 +35,13 @@ def assert_runs(program, *options, **environment):
     'first',
     [
         'import timm',
-        'import torch',
-        'import timm.models.resnet',
-        'import torch, timm.models',
+        pytest.param('import torch', marks=pytest.mark.slow),
+        pytest.param('import timm.models.resnet', marks=pytest.mark.slow),
+        pytest.param('import torch, timm.models', marks=pytest.mark.slow),
         'import timm_pushpull',
-        'from timm_pushpull import PushPullConv2d',
-        'import timm_pushpull.models.pushpull_resnet',
-        'import timm_pushpull.models.original',
+        pytest.param('from timm_pushpull import PushPullConv2d', marks=pytest.mark.slow),
+        pytest.param('import timm_pushpull.models.pushpull_resnet', marks=pytest.mark.slow),
+        pytest.param('import timm_pushpull.models.original', marks=pytest.mark.slow),
     ],
 )
 def test_models_are_registered_silently(first):
@@ -178,6 +178,7 @@ if __name__ == '__main__':
 """
 
 
+@pytest.mark.slow
 def test_spawned_workers(tmp_path):
     script = tmp_path / 'workers.py'
     script.write_text(WORKERS)
@@ -185,6 +186,7 @@ def test_spawned_workers(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     script = tmp_path / 'rank.py'
     script.write_text(EXPECT_MODELS)
@@ -261,6 +263,16 @@ def test_torch_alone_pays_little():
     assert set(sys.modules) - before == {'timm_pushpull', 'timm_pushpull.autoload'}, set(sys.modules) - before
     """
     assert_runs(program)
+
+
+def test_torch_load_stays_as_it_is():
+    program = """
+    import re, timm, torch
+    timm.create_model('resnet18')
+    print(re.sub(' at 0x[0-9a-f]+', '', str(sorted(map(str, torch.serialization.get_safe_globals())))))
+    """
+    without = assert_runs(program, TORCH_DEVICE_BACKEND_AUTOLOAD='0').stdout
+    assert assert_runs(program).stdout == without != ''
 
 
 def test_public_names():

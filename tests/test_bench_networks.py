@@ -2,11 +2,11 @@ import csv
 
 import pytest
 
+from timm_pushpull.bench.networks import bench_networks
+from timm_pushpull.bench.timing import Comparison, Ratio, compare
+from timm_pushpull.cli import main
 from timm_pushpull.layers import stem
 from timm_pushpull.ops import chunked
-from timm_pushpull.bench.timing import Comparison, compare
-from timm_pushpull.bench.networks import bench_networks
-from timm_pushpull.cli import main
 
 
 def test_comparisons():
@@ -39,6 +39,11 @@ def test_every_way_is_measured_as_often(monkeypatch):
     row = compare(ways, 'cpu', 3, 'nothing')
     assert calls == ['plain', 'ours', 'reference', 'ours', 'reference', 'plain', 'reference', 'plain', 'ours']
     assert (row.time_low, row.time, row.time_high, row.reference_time, row.memory) == (1, 1, 1, 1, 1)
+
+
+def test_a_ratio_is_over_the_reference():
+    ratio = Ratio.of('x', [2, 6, 8], [1, 2, 1])
+    assert ratio == ('x', 6, 1, 3, 2, 8)
 
 
 def test_command(tmp_path, capsys):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from accuracy import FLOOR, GEOMETRIES, Errors, output_and_grads, draw
+from accuracy import FLOOR, GEOMETRIES, Errors, draw, output_and_grads
 
 from timm_pushpull import PushPullConv2d, push_pull_conv2d
 from timm_pushpull.ops import chunked, custom_op, push_pull
@@ -127,10 +127,14 @@ def test_the_operators_have_their_schemas_shapes_and_gradients(memory_format):
     c, alpha = torch.randn(8, dtype=torch.double, requires_grad=True), torch.rand(8, requires_grad=True)
     geometry = [1, 1, 1, 1, 1, 1, 1, 3]
     tests = ('test_schema', 'test_faketensor', 'test_autograd_registration')
-    torch.library.opcheck(push_pull.push_pull_conv2d_operator, (x, weight, c, alpha, geometry, torch.float32), test_utils=tests)
+    torch.library.opcheck(
+        push_pull.push_pull_conv2d_operator, (x, weight, c, alpha, geometry, torch.float32), test_utils=tests
+    )
     inputs = [tensor.detach() for tensor in (torch.randn(3, 8, 9, 9), x, weight, c, alpha)]
     for needs_input in (True, False):
-        torch.library.opcheck(custom_op.push_pull_conv2d_backward, (*inputs, geometry, needs_input), test_utils=tests[:2])
+        torch.library.opcheck(
+            custom_op.push_pull_conv2d_backward, (*inputs, geometry, needs_input), test_utils=tests[:2]
+        )
 
 
 def test_nothing_is_kept_for_the_backward_pass():

@@ -148,3 +148,27 @@ def test_find_class_map(tmp_path):
     assert find_class_map('map.txt', str(tmp_path)) == find_class_map(str(tmp_path / 'map.txt'))
     with pytest.raises(ValueError, match="one of imagenet_100, imagenet_200, got 'imagenet_300'"):
         find_class_map('imagenet_300')
+
+
+@pytest.mark.parametrize('kind', ['timm', 'torchvision', 'stored'])
+def test_16_bit_grey_images_keep_their_values(tmp_path, kind):
+    folder = tmp_path / 'fog' / '1' / 'a'
+    folder.mkdir(parents=True)
+    values = np.array([[0, 257, 25_700, 65_535]] * 4, np.uint16)
+    Image.fromarray(values).save(folder / 'grey.png')
+    if kind == 'stored':
+        image = open_stored(tmp_path, ['fog'], [1]).image('fog', 1, 0)
+    elif kind == 'timm':
+        image = DatasetImages(create_dataset('', root=str(folder.parent))).image(0)
+    else:
+        image = DatasetImages(torchvision.datasets.ImageFolder(folder.parent, loader=Image.open)).image(0)
+    assert np.asarray(image)[0].tolist() == [[0] * 3, [1] * 3, [100] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize('mode', ['I', 'F'])
+def test_images_without_a_range_of_values_are_refused(tmp_path, mode):
+    (tmp_path / 'a').mkdir()
+    Image.new(mode, (4, 4), 300).save(tmp_path / 'a' / 'x.tiff')
+    images = DatasetImages(torchvision.datasets.DatasetFolder(tmp_path, Image.open, extensions=('.tiff',)))
+    with pytest.raises(UnreadableImage, match=f'0 cannot be read: mode {mode} has no fixed range'):
+        images.image(0)

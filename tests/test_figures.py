@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from timm_pushpull import PushPullConv2d, convert_to_push_pull, push_pull_conv2d
-from timm_pushpull.viz import figures
 from timm_pushpull.ops.reference import pull_kernels
+from timm_pushpull.viz import figures
 from timm_pushpull.viz.figures import draw_figures
 from timm_pushpull.viz.responses import edge_responses, snr_db
 from timm_pushpull.viz.spectra import combined_spectrum, radial_mean
@@ -199,7 +199,7 @@ def test_snr_in_noise_by_hand(tmp_path, monkeypatch):
     assert silent[0, 'push']['snr_db'] == '' and silent[0.5, 'push']['snr_db'] != ''
 
 
-@pytest.mark.parametrize('weight, ending', [(1.0, ''), (0.0, ': none that is finite')])
+@pytest.mark.parametrize('weight, ending', [(1.0, ''), (0.0, ': no finite SNR')])
 def test_the_legend_tells_what_has_no_line(weight, ending, tmp_path, monkeypatch):
     images = []
     monkeypatch.setattr(figures, '_to_png', lambda figure: images.append(figure) or b'')

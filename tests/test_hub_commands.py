@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_hub import FOLDER, NAME
 
 from timm_pushpull.cli import main
-from timm_pushpull.hub.card import _description
+from timm_pushpull.hub.card import Evaluation, _description, _results
 from timm_pushpull.hub.recipes import read_recipe, recipe_text
 from timm_pushpull.hub.registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, hub_configs, read_checksum
 from timm_pushpull.models.pushpull_resnet import HUB_MODELS
@@ -231,6 +231,24 @@ def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
     assert 'The weights were measured before rounding' in card.text and card.data.eval_results is None
 
 
+def test_the_card_shows_the_baseline_beside_the_model():
+    numbers = dict(E=(10, 8, 13), plain_mCE=(30, 27, 34), CE_fog=(50, 41, 52))
+    row, baseline = (
+        {'model': model, 'top1': 90.0 - shift, 'severities': '1 2 3 4 5'}
+        | {
+            f'{name}{end}': n + shift
+            for name, ns in numbers.items()
+            for end, n in zip(('', '_low', '_high'), ns, strict=True)
+        }
+        for model, shift in (('ours', 0), ('plain', 7))
+    )
+    protocol = dict(data=dict(images=100, classes=10), corruptions=dict(generated_by='a package', seed=0))
+    text = '\n'.join(_results('name', 'name', Evaluation(protocol, row, baseline, True), None, 3))
+    assert '| name | baseline: plain |' in text
+    assert '| **E** | 10.0 (8.0 to 13.0) | 17.0 (15.0 to 20.0) |' in text
+    assert '| fog | 50.0 (41.0 to 52.0) | 57.0 (48.0 to 59.0) |' in text
+
+
 def test_export_refuses(run, tmp_path, capsys):
     checkpoint = run / 'last.pth.tar'
     shutil.copy(checkpoint, tmp_path)
@@ -336,13 +354,16 @@ def test_check_of_all(capsys):
     assert main(['hub', 'check']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(':')[0] for line in lines] == [str(hub_configs() / name) for name in HUB_MODELS]
-    assert all(f'sound: 10 classes, SHA-256 {HUB_MODELS[name].sha256}' in ' '.join(lines) for name in HUB_MODELS)
+    for line, name in zip(lines, HUB_MODELS, strict=True):
+        has_weights = (hub_configs() / name / WEIGHTS).exists()  # not in a wheel
+        found = 'sound: 10 classes, SHA-256' if has_weights else 'sound, without the weights of SHA-256'
+        assert line.endswith(f'{found} {HUB_MODELS[name].sha256}')
 
 
-def test_check_of_weights_that_are_on_the_hub_only(exported, tmp_path, capsys):
+def test_check_of_a_folder_without_its_weights(exported, tmp_path, capsys):
     shutil.copytree(exported, tmp_path / TAG, ignore=shutil.ignore_patterns(WEIGHTS))
     assert main(['hub', 'check', str(tmp_path / TAG)]) == 0
-    assert 'sound, but its weights are on the Hub only' in capsys.readouterr().out
+    assert 'sound, without the weights of SHA-256' in capsys.readouterr().out
 
 
 @pytest.fixture

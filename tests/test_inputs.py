@@ -1,7 +1,10 @@
+import argparse
+
 import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import resolve_data_config
 
 from timm_pushpull import load_model, open_dataset
 from timm_pushpull.robustness.inputs import load_models
@@ -115,3 +118,68 @@ def test_labels_of_models(tmp_path, checkpoint, monkeypatch):
     )
     name = f'local-dir:{tmp_path}/tag=1'
     assert list(load_models([name, f'label={name}'])) == [name, 'label']
+
+
+OPTIONS = dict(
+    model='pp_resnet18',
+    model_kwargs=dict(avg_pool_size=5, pull_kernel='negated', alpha=2.0, contrast_norm=True, augment='prime'),
+    num_classes=3,
+    in_chans=None,
+    gp='max',
+    img_size=None,
+    input_size=(3, 48, 40),
+    crop_pct=0.7,
+    interpolation='bicubic',
+    mean=(0.1, 0.2, 0.3),
+    std=(0.4, 0.5, 0.6),
+)
+
+
+def save_training(path, **changes):
+    """Write a checkpoint as train.py does, with its options inside."""
+    options = {**OPTIONS, **changes}
+    model = timm.create_model('pp_resnet18', avg_pool_size=5, pull_kernel='negated', contrast_norm=True, **SMALL)
+    torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(**options)}, path)
+    return model.eval()
+
+
+def test_the_options_of_the_training_are_in_its_checkpoint(tmp_path):
+    trained = save_training(tmp_path / 'last.pth.tar')
+    model = load_model('pp_resnet18', tmp_path / 'last.pth.tar').eval()
+    assert (model.conv1.avg_pool_size, model.conv1.pull_kernel, model.num_classes) == (5, 'negated', 3)
+    assert model.global_pool.pool_type == 'max' and not model._forward_pre_hooks
+    x = torch.randn(2, 3, 48, 40)
+    assert torch.equal(model.forward_features(x), trained.forward_features(x))
+    config = resolve_data_config({}, model=model, use_test_size=True)
+    found = {key: config[key] for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')}
+    assert found == {key: OPTIONS[key] for key in found}
+
+
+def test_options_that_are_given_come_before_those_of_the_training(tmp_path):
+    save_training(tmp_path / 'last.pth.tar')
+    with pytest.raises(ValueError, match='trained with avg_pool_size=5, the model has avg_pool_size=0'):
+        load_model('pp_resnet18', tmp_path / 'last.pth.tar', avg_pool_size=0)
+    with pytest.raises(ValueError, match='size mismatch for fc.bias'):
+        load_model('pp_resnet18', tmp_path / 'last.pth.tar', num_classes=4)
+    # Those of another network mean nothing here.
+    with pytest.raises(ValueError, match='Error.s. in loading state_dict'):
+        load_model('resnet18', tmp_path / 'last.pth.tar', num_classes=3)
+
+
+def test_a_size_that_the_training_left_out_stays_the_models(tmp_path):
+    left_out = dict(input_size=None, crop_pct=None, interpolation='', mean=None, std=None)
+    save_training(tmp_path / 'last.pth.tar', **left_out)
+    config = resolve_data_config({}, model=load_model('pp_resnet18', tmp_path / 'last.pth.tar'))
+    assert (config['input_size'], config['crop_pct'], config['mean'][0]) == ((3, 224, 224), 0.875, 0.485)
+
+
+@pytest.mark.parametrize('content', [[1, 2], None, 3])
+def test_a_file_without_weights_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / 'list.pth')
+    with pytest.raises(ValueError, match=f'list.pth must hold weights by name, it holds a {type(content).__name__}'):
+        load_model('pp_resnet18', tmp_path / 'list.pth')
+
+
+def test_ema_weights_that_are_not_there_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match='plain.pth holds no EMA weights'):
+        load_model('pp_resnet18', checkpoint, use_ema=True, push_pull=False, **SMALL)

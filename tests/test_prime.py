@@ -8,8 +8,6 @@ import torch
 from torch import nn
 
 from timm_pushpull.augment import prime as prime_module
-from timm_pushpull.bench.timing import peak_bytes
-from timm_pushpull.bench.prime import _plain_prime, bench_prime
 from timm_pushpull.augment.prime import (
     PRIME,
     PrimeDraw,
@@ -21,6 +19,8 @@ from timm_pushpull.augment.prime import (
     spectral_filter,
     temperature_range,
 )
+from timm_pushpull.bench.prime import _plain_prime, bench_prime
+from timm_pushpull.bench.timing import peak_bytes
 
 PRESETS = [PRIME.imagenet, PRIME.cifar]
 SMALL = dict(sigma=4.0, cut_max=2, color_temperature=0.05, color_terms=2, color_first_max=500)

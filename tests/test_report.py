@@ -13,10 +13,18 @@ from test_results import FIVE, write_results
 
 from timm_pushpull.cli import main
 from timm_pushpull.files import atomic_write
+from timm_pushpull.robustness import summary
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
-from timm_pushpull.robustness.plots import _style, plot_pairs
+from timm_pushpull.robustness.plots import (
+    _style,
+    plot_error_by_corruption,
+    plot_error_by_severity,
+    plot_mce_against_clean_error,
+    plot_pairs,
+)
 from timm_pushpull.robustness.report import write_report
 from timm_pushpull.robustness.store import (
+    PREDICTION,
     predictions_path,
     read_predictions,
     read_protocol,
@@ -124,7 +132,8 @@ def test_the_page_has_means_over_training_runs(tmp_path):
     assert page.row('plain')[1].startswith('plain  1  20.0 20.0 to 20.0  50.0 50.0 to 50.0')
 
 
-def test_training_runs_are_compared_with_the_runs_of_the_baseline(tmp_path):
+def test_training_runs_are_compared_with_the_runs_of_the_baseline(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, 'FEWEST_ERRORS', 1)
     errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@1': (3, 4), 'pp@2': (2, 7)}
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     page = Page(write_report([folder], tmp_path / 'page'))
@@ -224,6 +233,44 @@ def test_an_arrow_leads_from_each_pair_to_the_other_name():
     assert plot_pairs([(plain, lacking)]) is None
 
 
+def test_error_bars_belong_to_their_axes():
+    ends = dict(E=10, E_low=8, E_high=14, plain_mCE=60, plain_mCE_low=57, plain_mCE_high=69)
+    axes = plot_mce_against_clean_error([dict(model='a', baseline='', **ends)]).axes[0]
+    point, _, (across, up) = axes.containers[0].lines
+    assert (list(point.get_xdata()), list(point.get_ydata())) == ([10], [60])
+    assert across.get_segments()[0].tolist() == [[8, 60], [14, 60]]
+    assert up.get_segments()[0].tolist() == [[10, 57], [10, 69]]
+    fog, snow = dict(CE_fog=30, CE_fog_low=25, CE_fog_high=37), dict(CE_snow=50, CE_snow_low=41, CE_snow_high=52)
+    axes = plot_error_by_corruption([dict(model='a', baseline='', **snow, **fog)]).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    points, _, (across,) = axes.containers[0].lines
+    assert names == ['snow', 'fog'] and list(points.get_xdata()) == [50, 30]
+    assert [segment[:, 0].tolist() for segment in across.get_segments()] == [[41, 52], [25, 37]]
+
+
+def test_the_plot_by_severity_has_errors():
+    predictions = {}
+    for severity, wrong in ((0, 1), (1, 3), (2, 6)):
+        array = np.zeros(10, PREDICTION)
+        array['rank'][:wrong] = 1
+        predictions['fog' if severity else 'clean', severity] = array
+    line = plot_error_by_severity({'a': predictions}).axes[0].lines[0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 1, 2], [10, 30, 60])
+
+
+def test_an_arrow_whose_interval_holds_0_is_grey():
+    plain, pp = (dict(model=m, E=e, plain_mCE=mce) for m, e, mce in (('a', 10, 60), ('b', 30, 50)))
+    pairs = [(plain, pp), (plain, dict(pp, plain_mCE='')), (pp, plain), (plain, pp), (plain, pp)]
+    intervals = [(-12, -8), (-1, 1), (8, 12), (-21, 1), ('', '')]
+    axes = plot_pairs(pairs, intervals).axes[0]
+    colors = {line.get_label(): line.get_color() for line in axes.lines}
+    falls, does_not, open_end = (
+        colors[f'plain mCE{words}'] for words in (' falls', ' does not fall', ': interval holds 0')
+    )
+    found = [to_hex(text.arrow_patch.get_edgecolor()) for text in axes.texts if text.arrow_patch]
+    assert found == [falls, does_not, open_end, falls] and len({falls, does_not, open_end}) == 3
+
+
 def test_names_in_the_plot_of_pairs_do_not_hide_each_other():
     points = [(25, 54), (27, 55), (25.2, 53.8), (25.5, 50), (26.5, 49.8), (26.6, 51), (33, 47)]
     rows = [dict(model=f'a network with a long name {n}', E=x, plain_mCE=y) for n, (x, y) in enumerate(points)]
@@ -265,8 +312,9 @@ def test_a_summary_has_the_tables_and_the_plots_of_its_numbers(tmp_path):
         assert (tmp_path / 'page' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
     for start in ('model', 'plain@1', 'pp@2', 'pp', 'CE, %', 'fog'):
         assert page.row(start) == [row for row in whole.row(start) if row in page.row(start)] != []
-    other = Page(write_report([folder / 'summary.csv'], tmp_path / 'other', 'pp@1')).row('pp@1')
-    assert any(row.endswith('  100.0  0.0') for row in other)
+    other = Page(write_report([folder / 'summary.csv'], tmp_path / 'other', 'pp@1'))
+    assert any('Baseline: pp@1' in text for text in other.texts)
+    assert not any('R net' in row for row in other.row('model'))  # a ratio needs the predictions
     with pytest.raises(ValueError, match=r'summary.csv is a file: name results folders, or one'):
         write_report([folder, folder / 'summary.csv'], tmp_path / 'both')
 

@@ -15,14 +15,17 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform
 
 from timm_pushpull.cli import main
+from timm_pushpull.cli.robustness import print_summary
 from timm_pushpull.robustness import views
 from timm_pushpull.robustness.corruptions import corrupt
 from timm_pushpull.robustness.data import open_stored, stratified_indices
 from timm_pushpull.robustness.evaluate import evaluate_robustness
-from timm_pushpull.robustness.store import UNREADABLE, read_predictions, read_protocol
+from timm_pushpull.robustness.report import write_report
+from timm_pushpull.robustness.store import UNREADABLE, read_images, read_predictions, read_protocol
 
 pytest.importorskip('imagecorruptions')
-GEOMETRY = dict(input_size=(3, 32, 32), crop_pct=0.8, interpolation='bilinear', mean=(0.5,) * 3, std=(0.25,) * 3)
+MEAN, STD = (0.2, 0.5, 0.7), (0.1, 0.25, 0.6)  # unequal, so that another order of the channels shows
+GEOMETRY = dict(input_size=(3, 32, 32), crop_pct=0.8, interpolation='bilinear', mean=MEAN, std=STD)
 FEW = dict(corruptions=['gaussian_noise', 'contrast'], severities=[1, 5])
 
 
@@ -143,8 +146,13 @@ def test_bad_arguments_are_refused(data, tmp_path):
         evaluate_robustness({}, tmp_path, dataset(data))
     with pytest.raises(ValueError, match='data_configs must have an entry for each model, b has none'):
         evaluate_robustness(dict.fromkeys('ab', network()), tmp_path, dataset(data), data_configs={'a': GEOMETRY})
-    with pytest.raises(ValueError, match='models a/b and a:b would share the folder of their predictions'):
-        evaluate_robustness({'a/b': network(0), 'a:b': network(1)}, tmp_path, dataset(data), **FEW)
+    for config, message in (
+        (dict(crop_pct=0), 'crop_pct=0'),
+        (dict(std=(0.1, 0.0, 0.2)), r'std=\(0.1, 0.0, 0.2\)'),
+    ):
+        with pytest.raises(ValueError, match=f'crop_pct and std of a must be positive.*{message}'):
+            data_configs = {'a': {**GEOMETRY, 'crop_mode': 'center', **config}}
+            evaluate_robustness({'a': network()}, tmp_path, dataset(data), data_configs=data_configs)
     with pytest.raises(ValueError, match='a takes 1 channels'):
         evaluate_robustness({'a': network(input_size=(1, 32, 32))}, tmp_path, dataset(data))
     with pytest.raises(ValueError, match='a has 1000 classes, but the images have 3'):
@@ -165,6 +173,116 @@ def test_an_unreadable_image_is_named(data, tmp_path, workers, capsys):
         )
 
 
+def test_each_channel_has_its_mean_and_std(tmp_path):
+    class Means(torch.nn.Module):
+        num_classes = 3
+
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    for label, grey in (('a', 128), ('b', 13), ('c', 255)):
+        (tmp_path / 'data' / label).mkdir(parents=True)
+        Image.new('RGB', (32, 32), (grey,) * 3).save(tmp_path / 'data' / label / 'x.png')
+    config = {'a': {**GEOMETRY, 'crop_mode': 'center'}}
+    images = create_dataset('', root=str(tmp_path / 'data'))
+    evaluate_robustness({'a': Means()}, tmp_path / 'out', images, corruptions=[], data_configs=config)
+    # (v - 0.2) / 0.1, (v - 0.5) / 0.25, (v - 0.7) / 0.6 are 3.0, 0.0, -0.3 for 128; -1.5, -1.8, -1.1 for 13; 8, 2, 0.5.
+    assert read_predictions(tmp_path / 'out')['a']['clean', 0]['prediction'].tolist() == [0, 2, 0]
+
+
+def test_logits_that_are_not_finite_are_an_error_that_names_the_image(data, tmp_path):
+    class Breaks(torch.nn.Module):
+        """NaN for the images that show more than the others, from the 18th clean image and the contrast on."""
+
+        num_classes = 3
+
+        def __init__(self, value, corrupted):
+            super().__init__()
+            self.value, self.corrupted, self.seen = value, corrupted, 0
+
+        def forward(self, x):
+            logits = torch.zeros(len(x), 3)
+            first = 21 if self.corrupted else 0
+            for place in range(len(x)):
+                if self.seen + place == first + 17:
+                    logits[place, 1] = self.value
+            self.seen += len(x)
+            return logits
+
+    config = {'a': {**GEOMETRY, 'crop_mode': 'center'}}
+    for value, corrupted, message in (
+        (float('nan'), False, r'a gives logits that are not finite for image 2/3.png \(clean\)'),
+        (float('inf'), True, r'a gives logits that are not finite for image 2/3.png \(contrast 4\)'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_robustness(
+                {'a': Breaks(value, corrupted)},
+                tmp_path / str(value),
+                dataset(data),
+                corruptions=['contrast'],
+                severities=[4],
+                data_configs=config,
+                batch_size=5,
+            )
+
+
+def test_models_keep_their_modes(data, tmp_path):
+    model = network().train()
+    model.bn1.eval()
+    before = [module.training for module in model.modules()]
+    evaluate_robustness({'a': model}, tmp_path, dataset(data), corruptions=[])
+    assert [module.training for module in model.modules()] == before
+
+
+JOIN = """
+import sys, timm, torch
+from timm.data import create_dataset
+from timm_pushpull import evaluate_robustness
+data, folder, *names = sys.argv[1:]
+torch.set_num_threads(1)
+cfg = dict(input_size=(3, 32, 32))
+dataset = create_dataset('', root=data, split='validation')
+models = {name: timm.create_model('test_resnet', num_classes=3, pretrained_cfg_overlay=cfg) for name in names}
+print('ready', flush=True)
+sys.stdin.readline()
+for name, model in models.items():
+    evaluate_robustness({name: model}, folder, dataset, corruptions=['contrast'], severities=[1], limit=3)
+"""
+
+
+def test_two_processes_that_join_a_folder_lose_nothing(data, tmp_path):
+    names = [[f'{process}{place}' for place in range(6)] for process in 'ab']
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', JOIN, data, tmp_path / 'out', *each], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for each in names
+    ]
+    for process in processes:
+        process.stdout.readline()
+    for process in processes:
+        process.stdin.write(b'go\n')
+        process.stdin.flush()
+    assert [process.wait() for process in processes] == [0, 0]
+    for process in processes:
+        process.stdin.close()
+        process.stdout.close()
+    models = {name for each in names for name in each}
+    assert read_protocol(tmp_path / 'out')['models'].keys() == models
+    with open(tmp_path / 'out' / 'summary.csv') as file:
+        assert {row['model'] for row in csv.DictReader(file)} == models
+
+
+def test_names_of_files_may_be_any_bytes(data, tmp_path):
+    pytest.importorskip('matplotlib')
+    folder = shutil.copytree(data, tmp_path / 'data') / 'validation' / '1'
+    os.rename(folder / '3.png', os.fsencode(folder) + b'/2caf\xe9.png')
+    evaluate_robustness({'a': network()}, tmp_path / 'out', dataset(tmp_path / 'data'), corruptions=[])
+    names = [name for name, _ in read_images(tmp_path / 'out')]
+    assert os.fsencode(names[10]) == b'1/2caf\xe9.png'
+    assert '1/2caf?.png' in write_report([tmp_path / 'out'], tmp_path / 'page').read_text()
+
+
 def test_stratified_indices():
     targets = [0, 0, 0, 1, 1, 2]
     assert stratified_indices(targets) == [0, 1, 2, 3, 4, 5]
@@ -181,6 +299,17 @@ def command(data, folder, *options):
     arguments = ['robustness', 'test_resnet', '--num-classes', '3', '--checkpoint', folder / 'net.pth']
     arguments += ['--data-dir', data, '--output', folder / 'out', '--input-size', '3', '32', '32']
     return [str(argument) for argument in (*arguments, *options)]
+
+
+def test_the_terminal_shows_the_measures_of_each_model(capsys):
+    rows = [
+        dict(model=model, E=e, E_low=1, E_high=99, CE_fog=fog, plain_mCE='', severities='1 5', unreadable=unreadable)
+        for model, e, fog, unreadable in (('first', 12.34, 56.0, 2), ('the second', 7.0, '', 3))
+    ]
+    print_summary(rows)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:4] == [['first', 'the', 'second'], ['E', '12.34', '7.00'], ['CE_fog', '56.00']]
+    assert lines[-1][:3] == ['5', 'predictions', 'are']
 
 
 def test_command(data, tmp_path, capsys):
@@ -335,7 +464,8 @@ def test_stored_arrays(tmp_path):
     predictions = read_predictions(tmp_path / 'out')['a']
     for severity in (1, 4):
         x = torch.from_numpy(shades[severity - 1]).permute(0, 3, 1, 2) / 255
-        expected = model((x - 0.5) / 0.25).argmax(1)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
+        expected = model((x - mean) / std).argmax(1)
         assert predictions['brightness', severity]['prediction'].tolist() == expected.tolist()
 
 
@@ -432,6 +562,7 @@ def test_a_full_disk_gives_an_error_and_loses_nothing(data, tmp_path):
     assert before and before.items() <= contents(tmp_path / 'out' / 'predictions').items()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(data, tmp_path):
     options = ['--corruptions', *FEW['corruptions'], '--severities', '5', '--batch-size', '4', '--workers', '1']
     assert main(command(data, tmp_path / 'one', *options, '--device', 'cpu')) == 0

@@ -15,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 
+from timm_pushpull import evaluate_robustness, load_model, open_dataset
 from timm_pushpull.class_lists import find_class_map
 from timm_pushpull.cli import main
 from timm_pushpull.hub.recipes import list_recipes
@@ -169,6 +170,30 @@ def test_validate(data, checkpoint):
     output = run(command('validate.py', *MODEL, '--input-size', '3', '32', '32', '--batch-size', '8', *folders))
     result = json.loads(output[output.index('{') :])
     assert result['model'] == 'pp_resnet18' and 0 <= result['top1'] <= 100
+
+
+@pytest.mark.parametrize('script, option', [('validate.py', '--checkpoint'), ('train.py', '--resume')])
+def test_other_settings_than_those_of_the_training_are_an_error(script, option, data, checkpoint, tmp_path):
+    size = ('--input-size', '3', '32', '32', '--batch-size', '8', '--model-kwargs', 'avg_pool_size=5')
+    folders = ('--data-dir', data, option, checkpoint) + ('--output', tmp_path) * (script == 'train.py')
+    result = subprocess.run(command(script, *MODEL, *size, *folders), capture_output=True, text=True, timeout=600)
+    assert result.returncode
+    assert 'trained with avg_pool_size=3, the model has avg_pool_size=5' in result.stderr
+
+
+def test_robustness_knows_the_settings_of_the_training(data, tmp_path):
+    pytest.importorskip('imagecorruptions')
+    train(data, tmp_path, '--epochs', '1', '--model-kwargs', 'avg_pool_size=5', 'pull_kernel=negated', 'alpha=2.0')
+    run_folder = tmp_path / 'run'
+    (row,) = evaluate_robustness(
+        {'a': load_model('pp_resnet18', run_folder / 'last.pth.tar')},
+        tmp_path / 'results',
+        open_dataset(data),
+        corruptions=[],
+    )
+    with open(run_folder / 'summary.csv') as file:
+        (trained,) = csv.DictReader(file)
+    assert row['img_size'] == 32 and row['top1'] == pytest.approx(float(trained['eval_top1']), abs=1e-3)
 
 
 def test_inference(data, checkpoint, tmp_path):
