@@ -13,7 +13,16 @@ from timm_pushpull.robustness.store import (
     read_protocol,
     write_predictions,
 )
-from timm_pushpull.robustness.summary import not_compared, read_summary, write_errors, write_summary
+from timm_pushpull.robustness.summary import (
+    _error_rates,
+    _interval,
+    baseline_row,
+    not_compared,
+    read_summary,
+    view_differences,
+    write_errors,
+    write_summary,
+)
 
 FIVE = (1, 2, 3, 4, 5)
 
@@ -215,3 +224,64 @@ def test_a_corruption_without_a_severity_has_no_error(tmp_path):
     whole, killed = write_summary(tmp_path)
     assert whole['CE_fog'] == 30 and killed['CE_snow'] == 7 and 'CE_fog' not in killed
     assert {whole['severities'], killed['severities']} == {'1 2 3 4 5'}
+
+
+def test_an_interval_spans_the_middle_95_percent_of_a_thousand_resamples():
+    assert _interval(np.arange(1001)).tolist() == [25, 975]
+    # A ratio to no errors is not a number, and counts as the worst.
+    assert _interval(np.array([*range(900), *[np.nan] * 101])).tolist() == [25, np.inf]
+    rates = _error_rates({'a': {('clean', 0): np.zeros(4, PREDICTION)}}, images=4)['a'].clean
+    assert len(rates) == 1 + 1000
+
+
+def test_accuracies_and_size_of_a_row(tmp_path):
+    write_results(tmp_path, {'a': {}}, images=12)
+    protocol = json.loads((tmp_path / 'protocol.json').read_text())
+    protocol['models']['a']['input_size'] = [3, 40, 48]
+    (tmp_path / 'protocol.json').write_text(json.dumps(protocol))
+    predictions = np.zeros(12, PREDICTION)
+    predictions['rank'][:8] = [5, 5, 5, 5, 4, 3, 2, 1]
+    write_predictions(predictions_path(tmp_path, 'a', 'clean', 0), predictions)
+    (row,) = write_summary(tmp_path)
+    assert (row['top1'], row['top1_err'], row['top5'], row['top5_err']) == (33.333, 66.667, 66.667, 33.333)
+    assert (row['E'], row['img_size']) == (66.667, 48)
+
+
+def test_the_mean_over_alexnet_in_percent(tmp_path):
+    def means(folder, severities):
+        errors = {(name, severity): 50 for name in TEST_CORRUPTIONS for severity in severities}
+        write_results(tmp_path / folder, {'a': errors})
+        (row,) = write_summary(tmp_path / folder)
+        return row['plain_mCE'], row['alexnet_normalized_mCE']
+
+    # 100 / 15 * (0.5 / 0.886428 + ... + 0.5 / 0.6065) = 64.673
+    assert means('all', FIVE) == (50, 64.673)
+    assert means('few', (1, 2, 3)) == (50, '')
+
+
+def test_the_row_of_the_baseline():
+    rows = [dict(model=model, baseline='b') for model in 'acb']
+    assert baseline_row(rows) is rows[2] and baseline_row(rows[:1]) is baseline_row([]) is None
+
+
+def test_a_ratio_needs_all_corruptions_of_the_baseline(tmp_path):
+    whole = {('clean', 0): 30} | {(name, 1): 60 for name in TEST_CORRUPTIONS}
+    fourteen = {key: wrong for key, wrong in whole.items() if key[0] != 'fog'}
+    write_results(tmp_path, {'a': fourteen, 'b': whole})
+    b = write_summary(tmp_path, 'a')[1]
+    assert (b['plain_mCE'], b['relative_mCE'], b['R_net']) == (60, '', '')
+
+
+def test_models_that_see_the_images_in_different_ways():
+    rows = [dict(img_size=size, crop_pct=0.9, interpolation='bicubic') for size in (32, 32, 48)]
+    assert view_differences(rows[:2]) == view_differences([]) == ''
+    assert '32 pixels, crop 0.9, bicubic; 48 pixels' in view_differences(rows)
+
+
+def test_twenty_errors_are_enough_for_any_number_of_images(tmp_path):
+    """Rounding must not make 20 errors 19.999: 20 of 50 when clean, and 20 more over five severities."""
+    for images, clean in ((50, 20), (2552, 20)):
+        passes = {('clean', 0): clean} | {(name, severity): clean + 4 for name in TEST_CORRUPTIONS for severity in FIVE}
+        write_results(tmp_path / str(images), {'a': passes}, images=images)
+        (row,) = write_summary(tmp_path / str(images), 'a')
+        assert (row['relative_mCE'], row['R_net']) == (100, 0)

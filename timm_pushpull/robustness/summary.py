@@ -376,9 +376,9 @@ def _measures(
         baseline_errors = baseline.corruption_errors(severities)
         if baseline_errors.keys() >= set(TEST_CORRUPTIONS):
             added = min((baseline_errors[name] - baseline.clean)[0] for name in TEST_CORRUPTIONS)
-            if added * data['images'] * len(severities) >= FEWEST_ERRORS:
+            if round(added * data['images'] * len(severities), 6) >= FEWEST_ERRORS:
                 measures['relative_mCE'] = 100 * relative_mce(rates.clean, errors, baseline.clean, baseline_errors)
-            if baseline.clean[0] * data['images'] >= FEWEST_ERRORS:
+            if round(baseline.clean[0] * data['images'], 6) >= FEWEST_ERRORS:
                 mce, baseline_mce = plain_mce(errors), plain_mce(baseline_errors)
                 measures['R_net'] = net_error_reduction(rates.clean, mce, baseline.clean, baseline_mce)
     return measures
