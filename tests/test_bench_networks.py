@@ -83,3 +83,13 @@ def test_command_for_everything(tmp_path, capsys, monkeypatch):
 def test_precision(amp, torchcompile):
     row = next(iter(bench_networks(['resnet18'], 2, 32, 1, amp=amp, torchcompile=torchcompile)))
     assert (row.precision, row.compiled) == ('bfloat16', False)
+
+
+def test_times_and_memory_are_those_of_ours_over_those_of_the_plain_network(monkeypatch):
+    took = dict(plain=2.0, ours=3.0, reference=8.0)
+    held = dict(plain=10, ours=40, reference=70)
+    monkeypatch.setattr('timm_pushpull.bench.timing.seconds', lambda call, device: took[call])
+    monkeypatch.setattr('timm_pushpull.bench.timing.peak_bytes', lambda call, device: held[call])
+    row = compare({name: name for name in took}, 'cpu', 2, 'nothing')
+    assert (row.plain_seconds, row.time, row.reference_time) == (2, 1.5, 4)
+    assert (row.memory, row.reference_memory) == (4, 7)

@@ -67,3 +67,31 @@ def test_incomplete_tables_are_refused():
             measure(errors)
     with pytest.raises(ValueError, match='at least one severity'):
         corruption_error({})
+
+
+ALEXNET = {
+    'gaussian_noise': 0.886428,
+    'shot_noise': 0.894468,
+    'impulse_noise': 0.922640,
+    'defocus_blur': 0.819880,
+    'glass_blur': 0.826268,
+    'motion_blur': 0.785948,
+    'zoom_blur': 0.798360,
+    'snow': 0.866816,
+    'frost': 0.826572,
+    'fog': 0.819324,
+    'brightness': 0.564592,
+    'contrast': 0.853204,
+    'elastic_transform': 0.646056,
+    'pixelate': 0.717840,
+    'jpeg_compression': 0.606500,
+}
+
+
+def test_the_errors_of_alexnet():
+    """The values in the code of arXiv 1903.12261."""
+    assert ALEXNET_CORRUPTION_ERRORS == ALEXNET
+    # Ratios of 0.5 for all but three: 0.25 for snow, 0.75 for fog, 1 for brightness.
+    errors = {name: error / 2 for name, error in ALEXNET.items()}
+    errors |= {'snow': 0.216704, 'fog': 0.614493, 'brightness': 0.564592}
+    assert normalized_mce(errors) == pytest.approx((12 * 0.5 + 0.25 + 0.75 + 1) / 15)

@@ -226,3 +226,24 @@ def test_the_command_answers_at_once(tmp_path):
     """
     program = '\n'.join(line.strip() for line in program.splitlines())
     subprocess.run([sys.executable, '-c', program], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize('name', FAITHFUL)
+def test_the_notes_give_the_epochs_of_the_recipe(name):
+    recipe, notes = read_recipe(name), ' '.join(recipe_text(name).replace('\n#', ' ').split())
+    warmup, epochs = recipe['warmup_epochs'], recipe['epochs']
+    assert f'one-cycle schedule of {warmup + epochs} epochs' in notes
+    assert f'linearly for {warmup} epochs' in notes and f'along a cosine for {epochs}.' in notes
+
+
+def test_processes_share_the_steps_first_then_the_images():
+    def options(name, processes):
+        found = options_of(recipe_commands(name, processes)[2])
+        return found['--batch-size'], found.get('--grad-accum-steps')
+
+    # 128 images in each of 8 steps.
+    found = {processes: options('pp_resnet50.pp3_e100_in1k', processes) for processes in (2, 8, 32)}
+    assert found == {2: ('128', '4'), 8: ('128', '1'), 32: ('32', '1')}
+    assert options('pp_resnet50.pp3_in1k', 2) == ('64', None)
+    with pytest.raises(ValueError, match='processes must share batches of 128 equally, got 12'):
+        recipe_commands('pp_resnet50.pp3_e100_in1k', 12)

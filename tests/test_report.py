@@ -23,6 +23,7 @@ from timm_pushpull.robustness.plots import (
     plot_pairs,
 )
 from timm_pushpull.robustness.report import write_report
+from timm_pushpull.robustness.runs import MEASURES, difference_of_means, find_pairs
 from timm_pushpull.robustness.store import (
     PREDICTION,
     predictions_path,
@@ -31,7 +32,7 @@ from timm_pushpull.robustness.store import (
     write_images,
     write_predictions,
 )
-from timm_pushpull.robustness.summary import write_summary
+from timm_pushpull.robustness.summary import columns_of, write_summary
 
 to_hex = pytest.importorskip('matplotlib.colors').to_hex
 pytest.importorskip('scipy')
@@ -384,3 +385,47 @@ def test_command(tmp_path, capsys):
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert message in error and error.count('\n') == 1
+
+
+def test_the_line_of_zero_gain_falls_through_the_baseline():
+    rows = [dict(E=x, E_low=x, E_high=x, plain_mCE=60, plain_mCE_low=60, plain_mCE_high=60) for x in (10, 30)]
+    rows = [dict(row, model=model, baseline='b') for row, model in zip(rows, 'ab', strict=True)]
+    (line,) = (line for line in plot_mce_against_clean_error(rows).axes[0].lines if line.get_label() == 'R_net = 0')
+    assert line.get_xy1() == (30, 60) and line.get_slope() == -1
+
+
+def predictions_with(wrong):
+    """Return ten predictions, the first of them wrong."""
+    predictions = np.zeros(10, PREDICTION)
+    predictions['rank'][:wrong] = 2
+    return predictions
+
+
+def test_the_error_at_a_severity_is_the_mean_over_the_corruptions_of_a_kind():
+    wrong = {('clean', 0): 1, ('fog', 1): 3, ('snow', 1): 4, ('fog', 2): 6, ('snow', 2): 9, ('shot_noise', 2): 2}
+    noise, weather = plot_error_by_severity({'a': {key: predictions_with(n) for key, n in wrong.items()}}).axes
+    assert (noise.get_title(), weather.get_title()) == ('noise', 'weather')
+    assert noise.lines[0].get_xydata().tolist() == [[0, 10], [2, 20]]
+    assert weather.lines[0].get_xydata().tolist() == [[0, 10], [1, 35], [2, 75]]
+
+
+def test_the_mean_over_all_15_leaves_out_held_out_corruptions():
+    wrong = dict.fromkeys(TEST_CORRUPTIONS, 2) | {'fog': 5, 'saturate': 10}
+    figure = plot_error_by_severity({'a': {(name, 3): predictions_with(n) for name, n in wrong.items()}})
+    panels = {axes.get_title(): axes.lines[0].get_xydata().tolist() for axes in figure.axes}
+    # 14 errors of 20% and one of 50%.
+    assert panels['all 15'] == [[3, pytest.approx(22)]] and panels['held out'] == [[3, 100]]
+
+
+def test_the_interval_of_a_difference_needs_two_runs_of_each():
+    def difference(*errors):
+        runs = [[dict.fromkeys(MEASURES, '') | {'E': error} for error in each] for each in errors]
+        return [difference_of_means(*runs)[column] for column in columns_of('E')]
+
+    # Variances of 100 and 3 runs each, so 4 degrees of freedom: 2.776 times sqrt(100 / 3 + 100 / 3).
+    assert difference([10, 20, 30], [40, 50, 60]) == pytest.approx([30, 30 - 22.67, 30 + 22.67], abs=0.01)
+    assert difference([10], [40, 50]) == [35, '', ''] and difference([10, 20], [40]) == [25, '', '']
+
+
+def test_a_colon_parts_the_names_of_a_pair():
+    assert find_pairs(['a:b', 'a-b', 'azb', 'a:b@1', 'b:'], ['a', 'b@1']) == {'a:b': ('a', 'b'), 'a:b@1': ('a', 'b@1')}

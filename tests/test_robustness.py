@@ -576,3 +576,62 @@ def test_two_processes_give_what_one_gives(data, tmp_path):
         check=True,
     )
     assert contents(tmp_path / 'two' / 'out') == contents(tmp_path / 'one' / 'out')
+
+
+class Sees(torch.nn.Module):
+    """Keeps the images that it gets, and gives class 0 to all."""
+
+    num_classes = 2
+
+    def __init__(self, **cfg):
+        super().__init__()
+        self.pretrained_cfg = dict(input_size=(3, 4, 4), crop_pct=1.0, interpolation='nearest', **cfg)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.clone())
+        return torch.eye(2)[[0] * len(x)]
+
+
+def two_images(folder, pixels):
+    """Write one image as the only one of each of two classes."""
+    for label in 'ab':
+        (folder / label).mkdir(parents=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / label / 'image.png')
+    return create_dataset('', root=str(folder))
+
+
+def test_each_model_sees_its_own_size_crop_and_interpolation(tmp_path):
+    shades = np.arange(8)[None, :, None] * np.full((8, 8, 3), 10)
+    images = two_images(tmp_path / 'data', shades)
+    plain = dict(mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    settings = dict(whole={}, middle=dict(crop_pct=0.5), smooth=dict(interpolation='bilinear'), small=dict(size=2))
+    models, configs = {}, {}
+    for name, change in settings.items():
+        size = change.pop('size', 4)
+        models[name] = Sees()
+        configs[name] = dict(input_size=(3, size, size), crop_pct=1.0, crop_mode='center', interpolation='nearest')
+        configs[name] |= plain | change
+    evaluate_robustness(models, tmp_path / 'out', images, corruptions=[], data_configs=configs)
+    rows = {name: model.seen[0][0, 0, 0].round().tolist() for name, model in models.items()}
+    assert rows['whole'] == [10, 30, 50, 70]  # every second column
+    assert rows['middle'] == [20, 30, 40, 50]  # not resized, four columns in the middle
+    # The filter is twice as wide: (3 * 0 + 3 * 10 + 20) / 7 at the edge, (10 + 3 * 20 + 3 * 30 + 40) / 8 inside.
+    assert rows['smooth'] == [7, 25, 45, 63]
+    assert rows['small'] == [20, 60]
+
+
+def test_the_limit_takes_images_of_each_class(data, tmp_path):
+    evaluate_robustness({'a': network()}, tmp_path, dataset(data), corruptions=[], limit=4)
+    assert read_images(tmp_path) == [('0/0.png', 0), ('0/1.png', 0), ('1/0.png', 1), ('2/0.png', 2)]
+
+
+def test_command_measures_the_ema_weights_on_demand(data, tmp_path):
+    arguments = command(data, tmp_path, '--corruptions', 'fog', '--severities', '2', '--workers', '0')
+    weights = {key: torch.zeros_like(value) for key, value in network().state_dict().items()}
+    always = {place: {**weights, 'fc.bias': torch.eye(3)[place]} for place in (0, 1)}
+    torch.save({'state_dict': always[0], 'state_dict_ema': always[1]}, tmp_path / 'net.pth')
+    for options, answer in (([], 0), (['--use-ema'], 1)):
+        folder = tmp_path / f'out {answer}'
+        assert main([*arguments, *options, '--output', str(folder)]) == 0
+        assert set(read_predictions(folder)['test_resnet']['fog', 2]['prediction']) == {answer}
