@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-__all__ = ['autoload']
+__all__ = ['autoload', 'warn']
 
 _TIMM_MODELS = 'timm.models'
 
@@ -46,13 +46,17 @@ def _register() -> None:
 
 
 def _warn(error: Exception) -> None:
-    message = (
+    warn(
         f'timm-pushpull could not register its models with timm ({type(error).__name__}: {error}). '
         'Set TORCH_DEVICE_BACKEND_AUTOLOAD=0 or uninstall timm-pushpull to switch it off.'
     )
+
+
+def warn(message: str) -> None:
+    """Warn, or print to stderr under ``python -W error``, where a warning would end the import of timm."""
     try:
-        warnings.warn(message, stacklevel=2)
-    except Warning:  # under `python -W error`, where a warning would end the import of timm
+        warnings.warn(message, stacklevel=3)
+    except Warning:
         print(message, file=sys.stderr)
 
 

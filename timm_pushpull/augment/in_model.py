@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import InputError
+from ..ops.one_convolution import memory_format_of
 
 __all__ = ['augment_in_training']
 
@@ -54,10 +55,10 @@ class _AugmentInTraining:
             raise InputError(f'augment_splits must divide the batch of {len(batch)} images, got {self._splits}.')
         clean = len(batch) // self._splits if self._splits > 1 else 0
         augmented = (self._augmentation(images[clean:].clamp(0, 1)) - shift) / scale
-        augmented = torch.cat((batch[:clean], augmented.to(batch.dtype)))
-        channels_last = batch.is_contiguous(memory_format=torch.channels_last)
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return augmented.contiguous(memory_format=memory_format)
+        augmented = augmented.to(batch.dtype)
+        if clean:
+            augmented = torch.cat((batch[:clean], augmented))
+        return augmented.contiguous(memory_format=memory_format_of(batch))
 
 
 def _check_pixels(images: Tensor, dtype: torch.dtype, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

@@ -17,11 +17,10 @@ import hashlib
 import json
 import os
 import re
-import sys
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..autoload import warn
 from ..errors import InputError
 
 __all__ = [
@@ -97,7 +96,7 @@ def read_hub_models(folder: str | os.PathLike[str], org: str = HUB_ORG) -> dict[
         try:
             models[path.name] = read_hub_model(path, org)
         except Exception as error:  # whatever it is, the other models are registered
-            _warn(f'timm-pushpull does not register {path.name}: {" ".join(str(error).split())}')
+            warn(f'timm-pushpull does not register {path.name}: {" ".join(str(error).split())}')
     return models
 
 
@@ -152,13 +151,6 @@ def _check_fields(cfg: dict[str, Any], path: Path) -> None:
             raise InputError(
                 f'{path} must hold {"an" if kind is int else "a"} {kind.__name__} as {key}, got {value!r}.'
             )
-
-
-def _warn(message: str) -> None:
-    try:
-        warnings.warn(message, stacklevel=3)
-    except Warning:  # warnings are errors: they must not end the registration of the other models
-        print(message, file=sys.stderr)
 
 
 def read_checksum(folder: str | os.PathLike[str]) -> str | None:

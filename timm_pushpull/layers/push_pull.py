@@ -12,7 +12,6 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 from ..errors import InputError
 from ..ops.one_convolution import operands
@@ -226,9 +225,17 @@ class PushPullConv2d(nn.Conv2d):
         Returns:
             The operands, see :func:`timm_pushpull.ops.one_convolution.operands`.
         """
-        geometry = *map(_pair, (self.stride, self._conv_padding, self.dilation)), self.groups
-        settings = *geometry, self.avg_pool_size, self.pull_kernel
-        return operands(self._padded(input), self.weight, self.alpha, *settings)
+        return operands(
+            self._padded(input),
+            self.weight,
+            self.alpha,
+            self.stride,
+            self._conv_padding,  # type: ignore[arg-type]
+            self.dilation,
+            self.groups,
+            self.avg_pool_size,
+            self.pull_kernel,
+        )
 
     def extra_repr(self) -> str:
         alpha = 'trainable' if self.trainable_alpha else self.alpha

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..ops.chunked import CHUNK_BYTES, Chunks
 from ..ops.custom_op import OPERANDS, conv_flops
-from ..ops.one_convolution import memory_format_of
+from ..ops.one_convolution import memory_format_of, output_size
 from ..ops.push_pull import use_fast
 from .contrast_norm import normalize_contrast
 from .push_pull import PushPullConv2d
@@ -139,6 +139,5 @@ def _(
 
 @register_flop_formula(torch.ops.timm_pushpull.stem)
 def _(input: Any, weight: Any, c: Any, alpha: Any, geometry: Sequence[int], *_: Any, **kwargs: Any) -> int:
-    lengths = zip(input[2:], weight[2:], geometry[0:2], geometry[2:4], geometry[4:6], strict=True)
-    size = [(length + 2 * pad - step * (side - 1) - 1) // stride + 1 for length, side, stride, pad, step in lengths]
+    size = output_size(input[2:], weight[2:], geometry[0:2], geometry[2:4], geometry[4:6])
     return conv_flops(input, weight, [input[0], weight[0], *size], geometry[-2])

@@ -21,6 +21,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..augment.in_model import augment_in_training
 from ..augment.prime import PRIME
+from ..checkpoint import model_args_of
 from ..errors import InputError
 from ..hub.recipes import list_recipes, read_recipe
 from ..hub.registry import fetch_weights, hub_configs, read_hub_models
@@ -311,8 +312,8 @@ def _no_such_tag(variant: str, tag: str) -> str:
     if name not in list_recipes():
         return f'{name} is not a model with weights; those are {", ".join(HUB_MODELS)}.'
     recipe = read_recipe(name)
-    settings = {key: value for key, value in recipe['model_kwargs'].items() if not key.startswith('augment')}
-    words = ', '.join(f'{key}={value}' for key, value in {'num_classes': recipe['num_classes'], **settings}.items())
+    model_args = {'num_classes': recipe['num_classes'], **model_args_of(recipe)}
+    words = ', '.join(f'{key}={value}' for key, value in model_args.items())
     return (
         f'{name} is a recipe without weights ("timm-pushpull recipes" tells how to train it). Load a checkpoint into '
         f'{variant} with {words}, input_size={recipe["input_size"]}, crop_pct={recipe["crop_pct"]}.'

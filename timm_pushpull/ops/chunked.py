@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .one_convolution import compute_dtype, conv_dtype, memory_format_of, subtract_mean, unpack_geometry
+from .one_convolution import compute_dtype, conv_dtype, memory_format_of, output_size, subtract_mean, unpack_geometry
 
 __all__ = ['Chunks', 'push_pull', 'push_pull_backward']
 
@@ -135,11 +135,7 @@ class Chunks:
         self.mean = mean.to(dtype).view(groups, -1, 1, 1)
         self.c_less_mean = (c - mean).to(dtype).view(groups, -1, 1, 1)
         self.ones = self.mean.new_ones(groups, 1, *weight.shape[2:])
-        lengths = zip(input.shape[2:], weight.shape[2:], *self.conv_numbers, strict=True)
-        self.size = [
-            (length + 2 * padding - dilation * (side - 1) - 1) // stride + 1
-            for length, side, stride, padding, dilation in lengths
-        ]
+        self.size = output_size(input.shape[2:], weight.shape[2:], *self.conv_numbers)
         self.channel_sums = input.to(dtype).unflatten(1, (groups, -1)).sum(2)
         self.sums = F.conv2d(self.channel_sums, self.ones, **self.conv)
         self.box_sums = _box(self.sums, self.window, torch.empty_like(self.sums), torch.empty_like(self.sums))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 
 from .reference import PullKernel, kernel_offsets
 
@@ -32,6 +33,7 @@ __all__ = [
     'memory_format_of',
     'one_convolution',
     'operands',
+    'output_size',
     'subtract_mean',
     'unpack_geometry',
 ]
@@ -41,9 +43,9 @@ def operands(
     input: Tensor,
     weight: Tensor,
     alpha: float | Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
     groups: int,
     avg_pool_size: int,
     pull_kernel: PullKernel,
@@ -54,9 +56,9 @@ def operands(
         input: Images or feature maps (N, C, H, W).
         weight: Push kernels W (O, C / groups, kh, kw).
         alpha: Inhibition strength, one number or one for each output channel (O,).
-        stride: Stride of rows and of columns.
-        padding: Padding of rows and of columns.
-        dilation: Dilation of rows and of columns.
+        stride: Stride, one number or those of rows and of columns.
+        padding: Padding, one number or two.
+        dilation: Dilation, one number or two.
         groups: Number of groups of channels.
         avg_pool_size: Side of the averaging window, odd, or 0.
         pull_kernel: ``'inverted'`` or ``'negated'``.
@@ -71,13 +73,26 @@ def operands(
     c = kernel_offsets(weight.double(), pull_kernel).flatten()  # c multiplies the sum S: an error in c is amplified
     alpha = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float64, device=weight.device)
     alpha = alpha.to(weight.device, compute_dtype(weight)).expand(weight.shape[0])
-    return input, weight, c, alpha, [*stride, *padding, *dilation, groups, max(avg_pool_size, 1)], dtype
+    geometry = [*_pair(stride), *_pair(padding), *_pair(dilation), groups, max(avg_pool_size, 1)]
+    return input, weight, c, alpha, geometry, dtype
 
 
 def unpack_geometry(geometry: Sequence[int]) -> tuple[dict[str, Any], int]:
     """Split the operator's geometry into the keyword arguments of ``F.conv2d`` and the averaging window."""
     *_, groups, window = geometry
     return dict(stride=geometry[0:2], padding=geometry[2:4], dilation=geometry[4:6], groups=groups), window
+
+
+def output_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Return the height and width that ``F.conv2d`` gives; each argument holds numbers of rows and of columns."""
+    lengths = zip(size, kernel_size, stride, padding, dilation, strict=True)
+    return [(length + 2 * pad - step * (side - 1) - 1) // stride + 1 for length, side, stride, pad, step in lengths]
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 from ..errors import InputError
 from .custom_op import push_pull_conv2d_operator
@@ -78,7 +77,7 @@ def push_pull_conv2d(
         if use_fast(implementation, input, weight):
             if torch.compiler.is_compiling():  # the memory format that the compiler gives to plain convolutions
                 input = input.contiguous(memory_format=torch.channels_last)
-            settings = *map(_pair, (stride, padding, dilation)), groups, avg_pool_size, pull_kernel
+            settings = stride, padding, dilation, groups, avg_pool_size, pull_kernel
             response = push_pull_conv2d_operator(*operands(input, weight, alpha, *settings))
             return response if bias is None else (response + bias.view(-1, 1, 1)).to(response.dtype)
 

@@ -143,6 +143,7 @@ def evaluate_robustness(
             'versions': versions(),
             'models': describe_models(models, data_configs, amp_dtype, device),
         }
+        # Merged here too: what is refused must not make the folder.
         check_baseline(baseline, merge_protocol(folder, protocol)['models'])
         with lock(folder):
             write_protocol(folder, merge_protocol(folder, protocol))

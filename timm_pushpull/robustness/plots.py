@@ -203,16 +203,18 @@ def plot_pairs(
     Returns:
         The figure, None if no pair has both measures.
     """
-    known = [all(row[measure] != '' for row in pair for measure in ('E', 'plain_mCE')) for pair in pairs]
-    arrows = [pair for pair, is_known in zip(pairs, known, strict=True) if is_known]
+    arrows = [
+        (pair, interval)
+        for pair, interval in zip(pairs, intervals or [('', '')] * len(pairs), strict=True)
+        if all(row[measure] != '' for row in pair for measure in ('E', 'plain_mCE'))
+    ]
     if not arrows:
         return None
-    ends = [end for end, is_known in zip(intervals or [('', '')] * len(pairs), known, strict=True) if is_known]
-    points = {row['model']: (row['E'], row['plain_mCE']) for pair in arrows for row in pair}
-    lines = [(points[start['model']], points[end['model']]) for start, end in arrows]
+    points = {row['model']: (row['E'], row['plain_mCE']) for pair, _ in arrows for row in pair}
+    lines = [(points[start['model']], points[end['model']]) for (start, end), _ in arrows]
     figure = new_figure(4.4)
     axes = figure.subplots()
-    for (start, end), (low, high) in zip(lines, ends, strict=True):
+    for (start, end), (_, (low, high)) in zip(lines, arrows, strict=True):
         color = GAIN if end[1] < start[1] else LOSS
         if low != '' and low <= 0 <= high:
             color = OPEN
