@@ -17,6 +17,12 @@ if not torch.cuda.is_available():  # Triton reads it where a kernel is defined
     os.environ['TRITON_INTERPRET'] = '1'
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Draw the same numbers in every run: a test that fails can be repeated."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Hub:
     """A Hub on loopback without repositories, whose client has an empty cache and no token."""
