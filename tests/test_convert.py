@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_pushpull import PushPullConv2d, convert_to_push_pull
+from timm_pushpull import PushPullConv2d, convert_to_push_pull, push_pull_conv2d
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,91 @@ def test_first_convolution_is_replaced_and_keeps_its_weights(name):
     'name, message',
     [
         ('csatv2', 'csatv2 cannot be converted: timm names no first convolution'),
-        ('tf_efficientnet_b0', 'tf_efficientnet_b0 cannot be converted: conv_stem is a Conv2dSame'),
+        ('naflexvit_base_patch16_gap', 'cannot be converted: embeds.proj is a Linear, not an nn.Conv2d'),
         ('pp_resnet18', 'pp_resnet18 cannot be converted: conv1 is a PushPullConv2d'),
-        ('resnetv2_50x1_bit', 'resnetv2_50x1_bit cannot be converted: stem.conv is a StdConv2d'),
     ],
 )
 def test_models_without_one_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
-        convert_to_push_pull(timm.create_model(name))
+        convert_to_push_pull(timm.create_model(name, device='meta' if 'vit' in name else 'cpu'))
+
+
+# TensorFlow's padding, standardized weights, standardized weights with a gain, and both with the padding.
+VARIANTS = ['tf_efficientnet_lite0', 'resnetv2_50x1_bit', 'eca_nfnet_l0', 'vit_tiny_r_s16_p8_224', 'dm_nfnet_f0']
+
+
+def padded(x, conv):
+    """Pad as TensorFlow does for ceil(size / stride) outputs: more at the end than at the beginning."""
+    pads = []
+    for length, kernel, stride in zip(x.shape[:1:-1], conv.kernel_size[::-1], conv.stride[::-1], strict=True):
+        total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+        pads += [total // 2, total - total // 2]
+    return nn.functional.pad(x, pads)
+
+
+def standardized(conv):
+    weight = conv.weight.flatten(1)
+    weight = (weight - weight.mean(1, keepdim=True)) / (weight.var(1, correction=0, keepdim=True) + conv.eps).sqrt()
+    if hasattr(conv, 'gain'):
+        weight = weight * conv.gain.flatten(1) * conv.scale
+    return weight.view_as(conv.weight)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_variants_keep_their_padding_and_their_weight_transform(name):
+    model = timm.create_model(name, num_classes=3).eval().double()
+    path, x = model.pretrained_cfg['first_conv'], torch.randn(2, 3, 61, 64, dtype=torch.float64)
+    conv = model.get_submodule(path)
+    for parameter in conv.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    names = {name for name, _ in model.named_parameters()}
+    unit = convert_to_push_pull(model, alpha=0.7).get_submodule(path)
+    assert {name for name, _ in model.named_parameters()} - names == {f'{path}.alpha'}
+    assert unit(x).shape == conv(x).shape
+    same, std = type(conv).__name__.endswith('Same'), 'Std' in type(conv).__name__
+    found = []
+    for respond in (
+        unit,
+        lambda x: push_pull_conv2d(
+            padded(x, conv) if same else x,
+            standardized(conv) if std else conv.weight,
+            unit.alpha,
+            conv.bias,
+            conv.stride,
+            conv.padding,
+            implementation='reference',
+        ),
+    ):
+        response = respond(x)
+        found.append([response, *torch.autograd.grad(response.square().sum(), list(unit.parameters()))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize('name', ['tf_efficientnet_lite0', 'eca_nfnet_l0'])
+def test_variants_are_scripted_traced_and_compiled(name):
+    model = convert_to_push_pull(timm.create_model(name, num_classes=3, scriptable=True)).eval()
+    unit, x = model.get_submodule(model.pretrained_cfg['first_conv']), torch.randn(1, 3, 61, 64)
+    for other in (torch.jit.script(unit), torch.fx.symbolic_trace(unit), torch.compile(unit, backend='eager')):
+        torch.testing.assert_close(other(x), unit(x))
+
+
+@pytest.mark.parametrize(
+    'name, feature_cls',
+    [
+        *((name, cls) for name in ('convnext_atto', 'regnety_002') for cls in ('list', 'dict', 'hook', 'getter', 'fx')),
+        *(('tf_efficientnet_lite0', cls) for cls in ('hook', 'getter', 'fx')),
+    ],
+)
+def test_feature_extractors_are_converted(name, feature_cls):
+    model, x = timm.create_model(name, features_only=True, feature_cls=feature_cls).eval(), torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    convert_to_push_pull(model, avg_pool_size=0, alpha=1.0, pull_kernel='negated')  # relu(P) - relu(-P) is P
+    assert sum(isinstance(module, PushPullConv2d) for module in model.modules()) == 1
+    found = model(x)
+    if isinstance(expected, dict):
+        found, expected = list(found.values()), list(expected.values())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_each_of_several_first_convolutions_is_replaced():

@@ -19,8 +19,9 @@ from hub_server import TOKEN
 from safetensors.torch import load_file, save
 
 from timm_pushpull.hub.recipes import list_recipes, read_recipe
-from timm_pushpull.hub.registry import CHECKSUM, HUB_ORG, WEIGHTS, file_sha256, read_hub_models
-from timm_pushpull.models.pushpull_resnet import HUB_MODELS, PLAIN_CFGS
+from timm_pushpull.hub.registry import CHECKSUM, HUB_ORG, read_hub_models
+from timm_pushpull.hub.weights import WEIGHTS, file_sha256
+from timm_pushpull.models.pretrained import HUB_MODELS
 
 NAME = 'pp_resnet18.pp3_r64_imagenette'
 REPO_ID = f'{HUB_ORG}/{NAME}'
@@ -29,7 +30,13 @@ FOLDER = REPOSITORY / 'hub_configs' / NAME
 
 
 @pytest.fixture
-def published(hub):
+def remote(monkeypatch):
+    """Weights that are not installed with the package."""
+    monkeypatch.setitem(HUB_MODELS, NAME, HUB_MODELS[NAME]._replace(weights=None))
+
+
+@pytest.fixture
+def published(hub, remote):
     hub.host(REPO_ID, FOLDER)
     return hub
 
@@ -61,16 +68,7 @@ def test_each_folder_is_registered():
         assert {key: getattr(cfg, key) for key in fields} == fields
         assert cfg.hf_hub_id == f'{HUB_ORG}/{name}'
         assert model.sha256 == file_sha256(FOLDER.parent / name / WEIGHTS)
-    networks = set(timm.list_models('pp_*'))
-    assert len(networks) == 8 and networks == PLAIN_CFGS.keys()
-    without_weights = {name for name in networks if not any(model.startswith(f'{name}.') for model in HUB_MODELS)}
-    assert set(timm.list_models('pp_*', include_tags=True)) == HUB_MODELS.keys() | without_weights
-    assert set(timm.list_pretrained('pp_*')) == HUB_MODELS.keys()
-    for network in networks - without_weights:
-        assert timm.get_pretrained_cfg(network).hf_hub_id
-    for network in without_weights:
-        assert timm.get_pretrained_cfg(network).tag is None and not timm.is_model_pretrained(network)
-    assert timm.get_pretrained_cfg('pp_resnet18').tag == 'pp3_r64_imagenette'
+        assert model.weights == FOLDER.parent / name / WEIGHTS
 
 
 @pytest.mark.parametrize('name', HUB_MODELS)
@@ -91,19 +89,9 @@ def test_a_tag_sets_the_unit():
     assert (model.conv1.pull_kernel, model.conv1.avg_pool_size, model.num_classes) == ('inverted', 0, 2)
 
 
-@pytest.mark.parametrize('network', PLAIN_CFGS)
-def test_without_weights_a_network_is_not_that_of_a_data_set(network):
-    model = timm.create_model(network)
-    size = (10, (3, 32, 32)) if network.endswith('_cifar') else (1000, (3, 224, 224))
-    assert (model.num_classes, model.pretrained_cfg['input_size']) == size
-    assert model.pretrained_cfg.get('tag') is None and model.pretrained_cfg['architecture'] == network
-    model = timm.create_model(NAME)
-    assert (model.num_classes, model.pretrained_cfg['input_size']) == (10, (3, 64, 64))
-
-
-def test_weights_that_are_not_published():
-    with pytest.raises(RuntimeError, match='There are no pretrained weights of pp_resnet50. Train') as error:
-        timm.create_model('pp_resnet50', pretrained=True)
+def test_a_network_without_weights():
+    with pytest.raises(RuntimeError, match='There are no pretrained weights of pp_resnet18_cifar. Train') as error:
+        timm.create_model('pp_resnet18_cifar', pretrained=True)
     assert 'timm-pushpull recipes' in str(error.value) and NAME in str(error.value)
 
 
@@ -114,8 +102,11 @@ def test_weights_that_are_not_published():
         ('pp_resnet50.pp3_prime_in1k', 'into pp_resnet50 with num_classes=1000, avg_pool_size=3, input_size='),
         ('pp_resnet18.baseline_contrastnorm_r64_imagenette', 'num_classes=10, push_pull=False, contrast_norm=True, '),
         ('pp_resnet18_cifar.pp3_c10', 'input_size=[3, 32, 32], crop_pct=1.0'),
-        ('pp_resnet18.untrained', f'is not a model with weights; those are .*{NAME}'),
-        ('pp_resnet18.pp3_typo', f'is not a model with weights; those are .*{NAME}'),
+        (
+            'pp_resnet18.pp3_typo',
+            'not a model with weights; the tags of pp_resnet18 are a1_in1k, .*pp3_r64_imagenette',
+        ),
+        ('pp_resnet18_cifar.typo', 'is not a model with weights; the tags of pp_resnet18_cifar are none'),
     ],
 )
 def test_a_tag_without_weights_is_refused(name, words, pretrained):
@@ -195,10 +186,9 @@ def test_a_folder_that_cannot_be_read_costs_one_tag(fault, configs, recwarn):
 
 @pytest.mark.parametrize('warnings', ['default', 'error'])
 def test_the_other_models_are_registered(warnings, configs):
-    """With warnings as errors too, every network is there, and no other weights replace the default weights."""
+    """With warnings as errors too, every network is there with its other tags."""
     shutil.copytree(configs / NAME, configs / 'pp_resnet34.mine')
     spoil(configs / NAME / 'config.json', model_args=None)
-    with_weights = sorted({*HUB_MODELS, 'pp_resnet34.mine'} - {NAME})
     code = f"""
         import torch, warnings
         from pathlib import Path
@@ -206,16 +196,12 @@ def test_the_other_models_are_registered(warnings, configs):
         registry.hub_configs = lambda: Path({str(configs)!r})
         warnings.simplefilter({warnings!r})  # not by -W: torch may warn too
         import timm
-        assert set(timm.list_models('pp_*')) == {set(PLAIN_CFGS)}
-        assert timm.list_pretrained('pp_*') == {with_weights}
-        assert timm.get_pretrained_cfg('pp_resnet34').tag == 'mine'
-        assert timm.create_model('pp_resnet18').num_classes == 1000
-        try:
-            timm.create_model('pp_resnet18', pretrained=True)
-        except RuntimeError as error:
-            assert 'no pretrained weights of pp_resnet18' in str(error)
-        else:
-            raise AssertionError('other weights were taken')
+        assert set(timm.list_models('pp_*')) == {set(timm.list_models('pp_*'))}
+        named = {{name for name in timm.list_pretrained('pp_*') if name.startswith(('pp_resnet18.', 'pp_resnet34.'))}}
+        others = {{name[3:] for name in named if name[3:] in timm.list_pretrained()}}
+        ours = {{name for name in named if name[3:] not in others}}
+        assert ours == {{*{set(HUB_MODELS) - {NAME}}, 'pp_resnet34.mine'}}
+        assert timm.get_pretrained_cfg('pp_resnet34').tag == 'a1_in1k'
     """
     run = [sys.executable, '-c', textwrap.dedent(code)]
     environment = {**os.environ, 'TORCH_DEVICE_BACKEND_AUTOLOAD': '1'}
@@ -229,46 +215,44 @@ def test_what_is_no_folder_of_a_model_is_skipped(configs, recwarn):
     (configs / 'pp_resnet18.empty').mkdir()
     for name in ('notes', '.pp_resnet18.pp5_in1k-x7'):  # the second as an export leaves it when it is killed
         shutil.copytree(configs / NAME, configs / name)
-    assert read_hub_models(configs) == HUB_MODELS and not recwarn
+    assert read_hub_models(configs).keys() == HUB_MODELS.keys() and not recwarn
     assert read_hub_models(configs / 'nowhere') == {}
 
 
 # Downloads
 
 
-@pytest.mark.parametrize('name', ['pp_resnet18', NAME])
-def test_cold_download_and_warm_cache(name, published, local, images, tmp_path):
-    model = timm.create_model(name, pretrained=True).eval()
+def test_installed_weights_need_no_network(hub, local, images):
+    model = timm.create_model(NAME, pretrained=True).eval()
+    assert torch.equal(model(images), local(images)) and hub.requests == []
+    assert model.pretrained_cfg['hf_hub_id'] == REPO_ID and 'file' not in model.pretrained_cfg
+
+
+# In the length of the header, in its text, in the first and the last tensor.
+OFFSETS = [0, 7, 100, 20_000, -1]
+
+
+@pytest.mark.parametrize('offset', OFFSETS)
+def test_installed_weights_that_are_damaged(offset, tmp_path, monkeypatch):
+    weights, content = tmp_path / WEIGHTS, bytearray((FOLDER / WEIGHTS).read_bytes())
+    content[offset] ^= 1
+    weights.write_bytes(content)
+    monkeypatch.setitem(HUB_MODELS, NAME, HUB_MODELS[NAME]._replace(weights=weights))
+    with pytest.raises(RuntimeError) as error:
+        timm.create_model(NAME, pretrained=True)
+    assert str(error.value).startswith(f'{weights} is damaged: ') and 'Install timm-pushpull again' in str(error.value)
+
+
+def test_cold_download_and_warm_cache(published, local, images, tmp_path):
+    model = timm.create_model(NAME, pretrained=True).eval()
     assert torch.equal(model(images), local(images))
     assert len(published.downloads()) == 1 and blobs(tmp_path / 'cache')
     assert model.pretrained_cfg['tag'] == NAME.split('.')[1]
     assert model.pretrained_cfg['hf_hub_id'] == REPO_ID and 'file' not in model.pretrained_cfg
     assert model.pretrained_cfg['label_names'][0] == 'n01440764'
     published.requests.clear()
-    assert torch.equal(timm.create_model(name, pretrained=True).eval()(images), local(images))
+    assert torch.equal(timm.create_model(NAME, pretrained=True).eval()(images), local(images))
     assert published.requests == []
-
-
-def test_a_program_that_imports_only_timm(published, local, images, tmp_path):
-    torch.save(images, tmp_path / 'images.pt')
-    code = """
-        import timm, torch
-        model = timm.create_model('pp_resnet18', pretrained=True).eval()
-        torch.save(model(torch.load('images.pt')), 'logits.pt')
-    """
-    run = [sys.executable, '-c', textwrap.dedent(code)]
-    environment = {**os.environ, 'HF_HOME': str(tmp_path / 'home')}
-    for offline in ('0', '1'):
-        subprocess.run(run, env={**environment, 'HF_HUB_OFFLINE': offline}, cwd=tmp_path, check=True)
-        assert torch.equal(torch.load(tmp_path / 'logits.pt'), local(images))
-        (tmp_path / 'logits.pt').unlink()
-    shutil.rmtree(tmp_path / 'home')
-    failed = subprocess.run(
-        run, env={**environment, 'HF_HUB_OFFLINE': '1'}, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert failed.returncode == 1
-    assert f'The weights of {REPO_ID} could not be fetched' in failed.stderr and 'HF_HUB_OFFLINE' in failed.stderr
-    assert len(published.downloads()) == 1
 
 
 def test_names_of_places(published, local, images, tmp_path):
@@ -285,7 +269,7 @@ def test_names_of_places(published, local, images, tmp_path):
 
 def test_adapted_as_timm_does(published, local, images):
     def adapted(**kwargs):
-        return timm.create_model('pp_resnet18', pretrained=True, **kwargs).eval()
+        return timm.create_model(NAME, pretrained=True, **kwargs).eval()
 
     five = adapted(num_classes=5)
     assert five(images).shape == (2, 5)
@@ -318,14 +302,14 @@ def test_other_sources_are_timms_own(published, local, images, tmp_path):
 def refused(*words):
     """Create the network, which must fail with an error of one line that holds the words."""
     with pytest.raises((OSError, RuntimeError)) as error:
-        timm.create_model('pp_resnet18', pretrained=True)
+        timm.create_model(NAME, pretrained=True)
     message = str(error.value)
     assert all(word in message for word in words) and '\n' not in message, message
     return message
 
 
 def works(local, images):
-    model = timm.create_model('pp_resnet18', pretrained=True).eval()
+    model = timm.create_model(NAME, pretrained=True).eval()
     return torch.equal(model(images), local(images))
 
 
@@ -343,7 +327,7 @@ def test_a_server_that_is_down(published, local, images, impatient, monkeypatch)
         nowhere = f'http://127.0.0.1:{free.getsockname()[1]}'
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
     monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template.replace(published.url, nowhere))
-    refused(REPO_ID, 'Please check your connection')
+    refused(REPO_ID, 'cannot be reached, and the cache does not have them')
     monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
     assert works(local, images)
 
@@ -356,18 +340,18 @@ def test_a_server_that_refuses(status, published, local, images, impatient):
     assert works(local, images)
 
 
-def test_a_repository_that_is_private_or_not_there(hub, local, images, monkeypatch):
-    refused('Repository Not Found', REPO_ID, 'authenticated')
+def test_a_repository_that_is_private_or_not_there(hub, remote, local, images, monkeypatch):
+    refused(f'there is no public repository {REPO_ID} on the Hub; a private one needs a token')
     hub.host(REPO_ID, FOLDER, private=True)
-    refused('Repository Not Found', REPO_ID, 'authenticated')
+    refused(f'there is no public repository {REPO_ID} on the Hub; a private one needs a token')
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     assert works(local, images)
 
 
-def test_a_repository_without_weights(hub, local, images, tmp_path):
+def test_a_repository_without_weights(hub, remote, local, images, tmp_path):
     shutil.copy(FOLDER / 'config.json', tmp_path)
     hub.host(REPO_ID, tmp_path)
-    refused('Entry Not Found', WEIGHTS)
+    refused(f'{REPO_ID} holds no {WEIGHTS} and no pytorch_model.bin')
     hub.host(REPO_ID, FOLDER)
     assert works(local, images)
 
@@ -397,8 +381,7 @@ def test_a_body_of_the_wrong_size(published, local, images, tmp_path):
     assert works(local, images)
 
 
-# In the length of the header, in its text, in the first and the last tensor.
-@pytest.mark.parametrize('offset', [0, 7, 100, 20_000, -1])
+@pytest.mark.parametrize('offset', OFFSETS)
 def test_damaged_bytes_are_never_used(offset, published, local, images, tmp_path):
     published.damage = offset
     message = refused('is damaged', 'Delete the file')
@@ -440,9 +423,11 @@ def test_a_checkpoint_of_another_architecture(hub, tmp_path):
 
 CREATE = """
     import os, resource, signal, sys, timm
+    from timm_pushpull.models.pretrained import HUB_MODELS
+    HUB_MODELS[{name!r}] = HUB_MODELS[{name!r}]._replace(weights=None)
     {limit}
     try:
-        timm.create_model('pp_resnet18', pretrained=True, cache_dir=sys.argv[1])
+        timm.create_model({name!r}, pretrained=True, cache_dir=sys.argv[1])
     except OSError as error:
         print(error)
 """
@@ -457,12 +442,12 @@ def test_a_cache_that_cannot_be_written(limit, words, published, local, images, 
     cache = tmp_path / 'limited'
     cache.mkdir()
     tmp_path.chmod(0o755)
-    run = [sys.executable, '-c', textwrap.dedent(CREATE).format(limit=LIMITS[limit]), str(cache)]
+    run = [sys.executable, '-c', textwrap.dedent(CREATE).format(limit=LIMITS[limit], name=NAME), str(cache)]
     printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert f'The weights of {REPO_ID} could not be fetched' in printed and words in printed
     cache.chmod(0o755)
     assert not blobs(cache)
-    model = timm.create_model('pp_resnet18', pretrained=True, cache_dir=cache).eval()
+    model = timm.create_model(NAME, pretrained=True, cache_dir=cache).eval()
     assert torch.equal(model(images), local(images))
 
 
@@ -521,8 +506,10 @@ def test_downloads_from_olah(olah, hub, local, images, tmp_path):
     torch.save(images, tmp_path / 'images.pt')
     code = f"""
         import timm, torch
+        from timm_pushpull.models.pretrained import HUB_MODELS
+        HUB_MODELS['{NAME}'] = HUB_MODELS['{NAME}']._replace(weights=None)
         images = torch.load('images.pt')
-        for name in ('pp_resnet18', '{NAME}', 'hf-hub:{MIRRORED}', 'hf-hub:{MIRRORED}@v1'):
+        for name in ('{NAME}', 'hf-hub:{MIRRORED}', 'hf-hub:{MIRRORED}@v1'):
             model = timm.create_model(name, pretrained=True).eval()
             torch.save(model(images), name.replace('/', '-') + '.logits')
     """
@@ -536,7 +523,7 @@ def test_downloads_from_olah(olah, hub, local, images, tmp_path):
     for offline in ('0', '1'):
         subprocess.run(run, env={**environment, 'HF_HUB_OFFLINE': offline}, cwd=tmp_path, check=True)
         logits = list(tmp_path.glob('*.logits'))
-        assert len(logits) == 4 and all(torch.equal(torch.load(path), local(images)) for path in logits)
+        assert len(logits) == 3 and all(torch.equal(torch.load(path), local(images)) for path in logits)
         for path in logits:
             path.unlink()
     assert hub.requests == []

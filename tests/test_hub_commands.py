@@ -21,8 +21,9 @@ from test_hub import FOLDER, NAME
 from timm_pushpull.cli import main
 from timm_pushpull.hub.card import Evaluation, _description, _results
 from timm_pushpull.hub.recipes import read_recipe, recipe_text
-from timm_pushpull.hub.registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, hub_configs, read_checksum
-from timm_pushpull.models.pushpull_resnet import HUB_MODELS
+from timm_pushpull.hub.registry import CARD, CHECKSUM, CONFIG, RECIPE, hub_configs, read_checksum
+from timm_pushpull.hub.weights import WEIGHTS, file_sha256
+from timm_pushpull.models.pretrained import HUB_MODELS
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 
 CLASSES = ['n01440764', 'n02102040']
@@ -372,7 +373,7 @@ def signed_in(hub, monkeypatch):
     return hub
 
 
-def test_push_and_create_elsewhere(signed_in, tmp_path, capsys):
+def test_push_and_create_elsewhere(signed_in, tmp_path, capsys, monkeypatch):
     push = ['hub', 'push', str(FOLDER), '--org', 'timm-pushpull', '--yes']
     assert main([*push, '--revision', 'v1']) == 0
     shown = capsys.readouterr().out
@@ -387,7 +388,8 @@ def test_push_and_create_elsewhere(signed_in, tmp_path, capsys):
 
     x = torch.randn(2, 3, 64, 64)
     local = timm.create_model(f'local-dir:{FOLDER}', pretrained=True).eval()(x)
-    for name in ('pp_resnet18', NAME, f'hf-hub:timm-pushpull/{NAME}@v1'):
+    monkeypatch.setitem(HUB_MODELS, NAME, HUB_MODELS[NAME]._replace(weights=None))
+    for name in (NAME, f'hf-hub:timm-pushpull/{NAME}@v1'):
         model = timm.create_model(name, pretrained=True, cache_dir=tmp_path / 'elsewhere').eval()
         assert torch.equal(model(x), local)
 

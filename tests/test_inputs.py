@@ -170,7 +170,7 @@ def test_a_size_that_the_training_left_out_stays_the_models(tmp_path):
     left_out = dict(input_size=None, crop_pct=None, interpolation='', mean=None, std=None)
     save_training(tmp_path / 'last.pth.tar', **left_out)
     config = resolve_data_config({}, model=load_model('pp_resnet18', tmp_path / 'last.pth.tar'))
-    assert (config['input_size'], config['crop_pct'], config['mean'][0]) == ((3, 224, 224), 0.875, 0.485)
+    assert (config['input_size'], config['crop_pct'], config['mean'][0]) == ((3, 224, 224), 0.95, 0.485)
 
 
 @pytest.mark.parametrize('content', [[1, 2], None, 3])

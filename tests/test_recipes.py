@@ -18,7 +18,6 @@ from timm_pushpull import class_lists
 from timm_pushpull.cli import main
 from timm_pushpull.hub.recipes import list_recipes, read_recipe, recipe_commands, recipe_text
 from timm_pushpull.hub.registry import RECIPE, model_folders
-from timm_pushpull.models.pushpull_resnet import PLAIN_CFGS
 
 # From the paper's table: epochs, batch, lr at the start, at the top and at the end.
 PAPER = {
@@ -27,7 +26,7 @@ PAPER = {
     'in200': (20, 64, 5e-3, 0.2, 5e-6),
     'c10': (30, 64, 5e-3, 0.2, 5e-6),
 }
-CLASSES = {'in1k': 1000, 'in100': 100, 'in200': 200, 'c10': 10, 'imagenette': 10}
+CLASSES = {'in1k': 1000, 'in100': 100, 'in200': 200, 'c10': 10, 'imagenette': 10, 'own': None}
 SMALL = {
     f'pp_resnet18.{unit}_{addition}r64_imagenette'
     for addition, units in {
@@ -41,8 +40,15 @@ SMALL = {
     }.items()
     for unit in units
 } | {f'pp_resnet50.{unit}_r64_imagenette' for unit in ('baseline', 'pp3')}
+STARTS = {
+    f'pp_resnet{n}.{unit}_{addition}ft_{data}'
+    for n in (18, 50)
+    for unit in ('baseline', 'pp3')
+    for addition in ('', 'prime_')
+    for data in ('in1k', 'own')
+}
 RECIPES = list(list_recipes())
-FAITHFUL = [name for name in RECIPES if '_e100_' not in name and name not in SMALL]
+FAITHFUL = [name for name in RECIPES if '_e100_' not in name and name not in SMALL | STARTS]
 
 
 def test_every_family_is_there():
@@ -63,14 +69,14 @@ def test_every_family_is_there():
     }
     assert set(FAITHFUL) == expected
     ours = {f'pp_resnet50.{unit}_{augmentation}e100_in1k' for unit in units for augmentation in augmentations}
-    assert set(RECIPES) == expected | ours | SMALL and len(RECIPES) == 88 and sorted(RECIPES) == RECIPES
-    for name in ours:
+    assert set(RECIPES) == expected | ours | SMALL | STARTS and len(RECIPES) == 104 and sorted(RECIPES) == RECIPES
+    for name in ours | STARTS:
         assert 'UNTESTED' in recipe_text(name)
 
 
 def test_recipes_do_not_change():
-    """Results are known by the name of a recipe: a recipe with other values gets another name."""
-    recipes = {name: yaml.safe_load(recipe_text(name, with_paths=False)) for name in RECIPES}
+    """Results are known by the name of a recipe: one with other values gets another name. Those of STARTS have none."""
+    recipes = {name: yaml.safe_load(recipe_text(name, with_paths=False)) for name in RECIPES if name not in STARTS}
     digest = hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()
     assert digest == 'cd9ace9c04d15a60a4629c540b06965e8089eafd3ecc024f1c7b0241a17ec56a'
 
@@ -83,9 +89,10 @@ def test_a_model_folder_has_the_recipe_of_its_name(folder):
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_recipe_is_what_its_name_says(name):
     architecture, tag = name.split('.')
-    unit, *augmentation, data = re.sub('_(e100|r64|blurpool|negated|contrastnorm)', '', tag).split('_')
+    unit, *augmentation, data = re.sub('_(e100|ft|r64|blurpool|negated|contrastnorm)', '', tag).split('_')
     recipe = read_recipe(name)
-    assert (recipe['model'], recipe['experiment'], recipe['num_classes']) == (architecture, name, CLASSES[data])
+    assert (recipe['model'], recipe['experiment']) == (architecture, name)
+    assert recipe.get('num_classes') == CLASSES[data]
     model_kwargs = {
         **({'push_pull': False} if unit == 'baseline' else {'avg_pool_size': int(unit[-1])}),
         **({'pull_kernel': 'negated', 'alpha': 1.0} if 'negated' in tag else {}),
@@ -95,8 +102,9 @@ def test_a_recipe_is_what_its_name_says(name):
     }
     assert recipe['model_kwargs'] == model_kwargs
     assert recipe.get('aa') == {'aa': 'original', 'augmix': 'augmix-m3-w3'}.get(*augmentation or ['none'])
-    size = (3, 64, 64) if name in SMALL else PLAIN_CFGS[architecture]['input_size']
-    assert tuple(recipe['input_size']) == size
+    size = 64 if name in SMALL else 32 if architecture.endswith('_cifar') else 224
+    assert recipe.get('input_size') == (None if name in STARTS else [3, size, size])
+    assert recipe.get('pretrained', False) == (name in STARTS)
     assert ('class_map' in recipe) == (data in ('in100', 'in200'))
 
 

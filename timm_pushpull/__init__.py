@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .models.pushpull_resnet import pp_resnet101 as pp_resnet101
     from .models.pushpull_resnet import pp_resnet152 as pp_resnet152
     from .models.pushpull_resnet import pp_resnext50_32x4d as pp_resnext50_32x4d
+    from .models.stem_bn import update_stem_bn as update_stem_bn
     from .ops.push_pull import push_pull_conv2d as push_pull_conv2d
     from .robustness.corruptions import corrupt as corrupt
     from .robustness.data import open_stored as open_stored
@@ -48,6 +49,7 @@ _NAMES = {
     'models.original': 'convert_original_checkpoint read_original_checkpoint',
     'models.pushpull_resnet': 'PushPullResNet pp_resnet18 pp_resnet34 pp_resnet50 pp_resnet101 pp_resnet152 '
     'pp_resnext50_32x4d pp_resnet18_cifar pp_resnet50_cifar',
+    'models.stem_bn': 'update_stem_bn',
     'ops.push_pull': 'push_pull_conv2d',
     'robustness.corruptions': 'corrupt',
     'robustness.data': 'open_stored',

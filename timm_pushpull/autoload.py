@@ -39,8 +39,9 @@ def autoload() -> None:
 
 def _register() -> None:
     try:
-        # The import system runs this module once, for any number of calls and threads.
+        # The import system runs each module once, for any number of calls and threads.
         importlib.import_module('timm_pushpull.models.pushpull_resnet')
+        importlib.import_module('timm_pushpull.models.pushpull_any')
     except Exception as error:
         _warn(error)
 

@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..robustness.metrics import HELD_OUT_CORRUPTIONS, MEANS, TEST_CORRUPTIONS
 from ..robustness.summary import columns_of
 from .recipes import list_recipes
-from .registry import CHECKSUM, HUB_ORG, RECIPE, WEIGHTS, hub_configs
+from .registry import CHECKSUM, HUB_ORG, RECIPE, hub_configs
+from .weights import WEIGHTS
 
 __all__ = ['Evaluation', 'Rounding', 'model_card']
 

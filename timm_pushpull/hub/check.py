@@ -12,7 +12,8 @@ from timm.models import create_model
 
 from ..errors import InputError
 from ..layers.settings import is_settings
-from .registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, file_sha256, read_hub_model
+from .registry import CARD, CHECKSUM, CONFIG, RECIPE, read_hub_model
+from .weights import WEIGHTS, file_sha256
 
 __all__ = ['check_folder']
 

@@ -26,7 +26,8 @@ from ..robustness.store import read_classes, read_predictions, read_protocol
 from ..robustness.summary import baseline_of, read_baseline, summarize
 from .card import Evaluation, Rounding, model_card
 from .recipes import list_recipes, recipe_text
-from .registry import CARD, CHECKSUM, CONFIG, HUB_ORG, RECIPE, WEIGHTS, file_sha256, read_checksum
+from .registry import CARD, CHECKSUM, CONFIG, HUB_ORG, PAPER, RECIPE, read_checksum
+from .weights import WEIGHTS, file_sha256
 
 __all__ = ['export_checkpoint']
 
@@ -160,7 +161,9 @@ def _build(name: str, options: Mapping[str, Any]) -> Any:
     set_data_config(model, options)
     reduction = model.feature_info[-1]['reduction']
     pool_size = tuple(math.ceil(side / reduction) for side in model.pretrained_cfg['input_size'][1:])
-    model.pretrained_cfg.update(tag=tag, num_classes=model.num_classes, pool_size=pool_size)
+    model.pretrained_cfg.update(
+        tag=tag, num_classes=model.num_classes, pool_size=pool_size, license='apache-2.0', **PAPER
+    )
     return model.eval()
 
 

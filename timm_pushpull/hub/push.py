@@ -9,7 +9,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..errors import InputError
 from .check import check_folder
-from .registry import CARD, CHECKSUM, CONFIG, RECIPE, WEIGHTS, read_checksum
+from .registry import CARD, CHECKSUM, CONFIG, RECIPE, read_checksum
+from .weights import WEIGHTS
 
 __all__ = ['push_folder']
 

@@ -62,6 +62,11 @@ OURS, not the paper's, and UNTESTED at this size. It adds to the paper's recipe 
 (Wightman et al., arXiv 2110.00476; torchvision's "new recipe" of 2021): a longer schedule at batch 1024, label
 smoothing, crops of random size, Nesterov momentum and an average of the weights.
 """
+START_NOTES = """\
+OURS, and UNTESTED on ImageNet. It starts from timm's ImageNet weights under a push-pull stem. Fine-tuning on few images
+can cost robustness to noise that the weights had: measure before and after. Size, crop, mean and std of the images for
+validation are those of the weights.
+"""
 BATCH_NOTE = 'batch_size is for one process; `timm-pushpull recipes NAME --processes N` prints the options for N.\n'
 IMAGENET_NOTES = PAPER_NOTES.format(20, 6, 14, IMAGENET_CROP) + BATCH_NOTE
 BASES = {  # words of the purpose, notes
@@ -70,6 +75,8 @@ BASES = {  # words of the purpose, notes
     'in200': ('ImageNet-200', IMAGENET_NOTES),
     'c10': ('CIFAR-10', PAPER_NOTES.format(30, 9, 21, CIFAR_CROP) + BATCH_NOTE),
     'e100_in1k': ('ImageNet-1k; ours, longer, untested', LONGER_NOTES + BATCH_NOTE),
+    'ft_in1k': ("ImageNet-1k, from timm's weights; ours, untested", START_NOTES + BATCH_NOTE),
+    'ft_own': ("your own folder of images, from timm's weights", START_NOTES),
     'r64_imagenette': (
         'Imagenette at 64x64',
         'Ours, for a small data set of small images: it trains the network from scratch on 9,469 images.',
@@ -94,6 +101,11 @@ e100_in1k: {<<: *all, num_classes: 1000, input_size: [3, 224, 224], crop_pct: 1.
   opt: sgd, weight_decay: 5.0e-5, epochs: 100, lr: 0.5, warmup_epochs: 5, warmup_lr: 0.01, min_lr: 0.0,
   train_crop_mode: rrc, scale: [0.25, 1.0], ratio: [0.75, 1.3333], smoothing: 0.1, model_ema: true,
   model_ema_decay: 0.9998, model_ema_warmup: true, amp: true, amp_dtype: bfloat16, channels_last: true}
+ft_own: &ft {pretrained: true, batch_size: 64, opt: sgd, momentum: 0.9, weight_decay: 5.0e-5, sched: cosine,
+  sched_on_updates: true, epochs: 20, warmup_epochs: 1, warmup_lr: 0.0, lr: 0.01, min_lr: 0.0, train_crop_mode: rrc,
+  scale: [0.25, 1.0], ratio: [0.75, 1.3333], hflip: 0.5, color_jitter: null, smoothing: 0.1, seed: 42}
+ft_in1k: {<<: *ft, num_classes: 1000, batch_size: 128, grad_accum_steps: 2, amp: true, amp_dtype: bfloat16,
+  channels_last: true}
 r64_imagenette: {<<: *all, num_classes: 10, input_size: [3, 64, 64], crop_pct: 0.875, batch_size: 64, opt: momentum,
   weight_decay: 5.0e-4, epochs: 30, warmup_epochs: 2, warmup_lr: 0.005, lr: 0.05, min_lr: 0.0, scale: [0.35, 1.0],
   smoothing: 0.1}
@@ -105,6 +117,7 @@ TABLE = [
     ('pp_resnet18 pp_resnet50', 'baseline pp3 pp5', [''], 'in100 in200'),
     ('pp_resnet18_cifar pp_resnet50_cifar', 'baseline pp3 pp5', ['', 'augmix', 'prime'], 'c10'),
     ('pp_resnet50', 'baseline pp3 pp5', ['', 'aa', 'augmix', 'prime'], 'e100_in1k'),
+    ('pp_resnet18 pp_resnet50', 'baseline pp3', ['', 'prime'], 'ft_in1k ft_own'),
     ('pp_resnet18', 'baseline pp3 pp5 pp3_negated', ['', 'augmix', 'prime'], 'r64_imagenette'),
     ('pp_resnet18', 'baseline pp3 pp3_negated', ['contrastnorm'], 'r64_imagenette'),
     ('pp_resnet18', 'baseline pp3', ['blurpool'], 'r64_imagenette'),
@@ -132,7 +145,7 @@ def _purpose(name: str) -> str:
     network, unit, additions, base = RECIPES[name]
     words = [ADDITIONS[addition][0] for addition in additions]
     if AUGMENTATIONS.keys().isdisjoint(additions):
-        words.append('no augmentation' + ' beyond crop and flip' * (base == 'r64_imagenette'))
+        words.append('no augmentation' + ' beyond crop and flip' * base.startswith(('ft_', 'r64_')))
     return f'{NETWORKS[network]}{UNITS[unit][0]}, {", ".join(words)}, {BASES[base][0]}.'
 
 
@@ -196,7 +209,7 @@ def recipe_commands(name: str, processes: int = 4) -> list[str]:
 
     Returns:
         The command that writes the recipe's file, the command that trains in one process, and the command that trains
-        in several; DATA stands for the folder of the data set.
+        in several; DATA stands for the folder of the data set, CLASSES for the number of its classes.
 
     Raises:
         ValueError: If there is no such recipe, or if the processes cannot share its batch equally.
@@ -205,6 +218,8 @@ def recipe_commands(name: str, processes: int = 4) -> list[str]:
         raise InputError(f'processes must be at least 1, got {processes}.')
     recipe = read_recipe(name)
     train = ['train.py', '--config', f'{name}.yaml', '--data-dir', 'DATA']
+    if 'num_classes' not in recipe:
+        train += ['--num-classes', 'CLASSES']
     steps, batch_size = recipe.get('grad_accum_steps', 1), recipe['batch_size']
     shared_steps = math.gcd(steps, processes)
     if batch_size % (processes // shared_steps):

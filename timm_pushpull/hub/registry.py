@@ -1,11 +1,11 @@
-"""Models with weights: the folders that describe them, and their weights on the Hugging Face Hub.
+"""Models with weights: the folders that describe them.
 
 Each folder of ``hub_configs`` is named by architecture and tag. It registers the model with timm, and it is the content
 of the model's repository on the Hub:
 
 - ``config.json``: the network and the preprocessing of its images, in timm's format;
 - ``args.yaml``: the recipe, for ``train.py --config``;
-- ``model.safetensors``: the weights; they may be on the Hub only;
+- ``model.safetensors``: the weights; large ones may be on the Hub only;
 - ``model.safetensors.sha256``: the checksum of the weights, as ``sha256sum`` writes it;
 - ``README.md``: the model card.
 
@@ -13,7 +13,6 @@ The weights of a tag never change: better weights get another tag.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -22,17 +21,17 @@ from typing import Any, NamedTuple
 
 from ..autoload import warn
 from ..errors import InputError
+from .weights import WEIGHTS, fetch_weights, file_sha256
 
 __all__ = [
     'CARD',
     'CHECKSUM',
     'CONFIG',
     'HUB_ORG',
+    'PAPER',
     'RECIPE',
-    'WEIGHTS',
     'HubModel',
-    'fetch_weights',
-    'file_sha256',
+    'find_weights',
     'hub_configs',
     'model_folders',
     'read_checksum',
@@ -41,8 +40,13 @@ __all__ = [
 ]
 
 HUB_ORG = os.environ.get('TIMM_PUSHPULL_HUB_ORG', 'timm-pushpull')
-CONFIG, RECIPE, WEIGHTS, CARD = 'config.json', 'args.yaml', 'model.safetensors', 'README.md'
+CONFIG, RECIPE, CARD = 'config.json', 'args.yaml', 'README.md'
 CHECKSUM = f'{WEIGHTS}.sha256'
+PAPER = {  # fields of a pretrained cfg of weights that were trained with a push-pull network
+    'origin_url': 'https://github.com/bgswaroop/pushpull-conv',
+    'paper_name': 'PushPull-Net: Inhibition-driven ResNet robust to image corruptions',
+    'paper_ids': 'arXiv:2408.04077',
+}
 
 
 class HubModel(NamedTuple):
@@ -54,6 +58,8 @@ class HubModel(NamedTuple):
     """Arguments of ``timm.create_model`` that the weights need."""
     sha256: str
     """Checksum of the weights."""
+    weights: Path | None
+    """File of the weights; None if they are on the Hub only."""
 
 
 def hub_configs() -> Path:
@@ -135,7 +141,8 @@ def read_hub_model(folder: Path, org: str = HUB_ORG) -> HubModel:
     cfg['hf_hub_id'] = f'{org}/{folder.name}'
     # timm takes these two from the pretrained cfg, which a caller may override.
     model_args = {key: value for key, value in config['model_args'].items() if key not in ('num_classes', 'in_chans')}
-    return HubModel(cfg, model_args, sha256)
+    weights = folder / WEIGHTS
+    return HubModel(cfg, model_args, sha256, weights if weights.exists() else None)
 
 
 def _check_fields(cfg: dict[str, Any], path: Path) -> None:
@@ -177,59 +184,25 @@ def read_checksum(folder: str | os.PathLike[str]) -> str | None:
     return words[0]
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Compute the checksum of a file.
+def find_weights(model: HubModel, cache_dir: str | os.PathLike[str] | None = None) -> str:
+    """Find the weights of a model: beside its description, in the cache, or on the Hub.
 
     Args:
-        path: The file.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def fetch_weights(repo_id: str, sha256: str, cache_dir: str | os.PathLike[str] | None = None) -> str:
-    """Fetch the weights of a model from the cache, or from the Hub if the cache does not have them.
-
-    Args:
-        repo_id: Repository on the Hub, ``organisation/name``.
-        sha256: Checksum of the weights.
+        model: Description of the model.
         cache_dir: Cache folder; None for the default of ``huggingface_hub``.
 
     Returns:
-        Path of the file in the cache; its checksum is ``sha256``.
+        Path of the file; its checksum is the model's.
 
     Raises:
-        OSError: If the cache does not have the weights and the download fails; ``huggingface_hub`` raised the cause.
-        RuntimeError: If the file is damaged, or holds other weights.
+        OSError: If the weights are to be downloaded, and the download fails.
+        RuntimeError: If the file is damaged, or the Hub holds other weights.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    cache = None if cache_dir is None else str(cache_dir)
-    cached = try_to_load_from_cache(repo_id, WEIGHTS, cache_dir=cache)
-    if isinstance(cached, str) and file_sha256(cached) == sha256:
-        return cached
-    try:
-        path = hf_hub_download(repo_id, WEIGHTS, cache_dir=cache, library_name='timm-pushpull')
-    except OSError as error:  # every error of the network, the server or the disk
-        reasons = dict.fromkeys(' '.join(str(each).split()) for each in (error, error.__cause__) if each is not None)
-        raise OSError(
-            f'The weights of {repo_id} could not be fetched: {" ".join(reasons).rstrip(".")}. '
-            "A copy of the model's folder loads as timm.create_model('local-dir:FOLDER', pretrained=True)."
-        ) from error
-    found = file_sha256(path)
-    if found == sha256:
-        return path
-    # The file that path links to: if only the link were deleted, the next download would link to the same file.
-    blob = os.path.realpath(path)
-    if found == os.path.basename(blob):  # the Hub names a blob by its checksum, so this one arrived undamaged
+    if model.weights is None:
+        return fetch_weights(model.pretrained_cfg['hf_hub_id'], None, model.sha256, cache_dir)
+    found = file_sha256(model.weights)
+    if found != model.sha256:
         raise RuntimeError(
-            f'{repo_id} holds other weights (SHA-256 {found}) than this release of timm-pushpull knows ({sha256}). '
-            f"Update timm-pushpull, or load them as timm.create_model('hf-hub:{repo_id}', pretrained=True)."
+            f'{model.weights} is damaged: its SHA-256 is {found}, not {model.sha256}. Install timm-pushpull again.'
         )
-    raise RuntimeError(f'{blob} is damaged: its SHA-256 is {found}, not {sha256}. Delete the file and try again.')
+    return str(model.weights)

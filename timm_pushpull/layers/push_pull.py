@@ -11,6 +11,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
 from torch import Tensor
 
 from ..errors import InputError
@@ -26,7 +27,9 @@ _logger = logging.getLogger(__name__)
 # Attributes of a module that hold its hooks and their flags.
 HOOKS = [name for name in vars(nn.Identity()) if '_hooks' in name or name == '_is_full_backward_hook']
 
-torch.fx.wrap('push_pull_conv2d')  # one node for fx: the checks read shapes, which a traced value does not have
+# One node each for fx: they read shapes, which a traced value does not have.
+torch.fx.wrap('push_pull_conv2d')
+torch.fx.wrap('pad_same')
 
 
 class PushPullConv2d(nn.Conv2d):
@@ -128,6 +131,7 @@ class PushPullConv2d(nn.Conv2d):
         self._pads_input = padding_mode != 'zeros' or isinstance(self.padding, str)
         self._pad_mode = 'constant' if padding_mode == 'zeros' else padding_mode
         self._conv_padding = (0, 0) if self._pads_input else self.padding
+        self._pads_same = False
 
     @classmethod
     def from_conv2d(
@@ -141,7 +145,8 @@ class PushPullConv2d(nn.Conv2d):
         """Build a push-pull layer with the geometry, weight and bias of a convolution.
 
         Args:
-            conv: Convolution; the new layer shares its parameters.
+            conv: Convolution; the new layer shares its parameters. timm's convolutions with TensorFlow's padding keep
+                that padding.
             avg_pool_size: Side of the averaging window, an odd number of output pixels, or 0.
             alpha: Inhibition strength, or the initial value of a trainable one; None to draw from [0, 1).
             trainable_alpha: Train one alpha for each output channel.
@@ -172,6 +177,7 @@ class PushPullConv2d(nn.Conv2d):
         )
         layer.weight = conv.weight
         layer.bias = conv.bias
+        layer._pads_same = isinstance(conv, Conv2dSame) or getattr(conv, 'same_pad', False)
         layer.requires_grad_(conv.weight.requires_grad)
         for name in HOOKS:
             vars(layer)[name] = vars(conv)[name]  # the same dict, so that hook handles can still remove their hooks
@@ -199,7 +205,13 @@ class PushPullConv2d(nn.Conv2d):
         if SETTINGS in self._buffers:
             set_settings(self, self._settings, self.weight.device)
 
+    def kernels(self) -> Tensor:
+        """Return the push kernels W (O, C / groups, kh, kw)."""
+        return self.weight
+
     def _padded(self, input: Tensor) -> Tensor:
+        if self._pads_same:
+            return pad_same(input, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
         if self._pads_input:
             return F.pad(input, self._reversed_padding_repeated_twice, mode=self._pad_mode)
         return input
@@ -207,7 +219,7 @@ class PushPullConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return push_pull_conv2d(
             self._padded(input),
-            self.weight,
+            self.kernels(),
             self.alpha,
             self.bias,
             self.stride,  # type: ignore[arg-type]
@@ -227,7 +239,7 @@ class PushPullConv2d(nn.Conv2d):
         """
         return operands(
             self._padded(input),
-            self.weight,
+            self.kernels(),
             self.alpha,
             self.stride,
             self._conv_padding,  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ anti-aliasing fit a model by names and shapes, and give wrong predictions. So a 
 buffer load as they are: those of plain networks, of the original code and of earlier versions.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-__all__ = ['SETTINGS', 'is_settings', 'match_settings', 'set_settings']
+__all__ = ['SETTINGS', 'guard_settings', 'is_settings', 'match_settings', 'set_settings']
 
 SETTINGS = 'settings'
 
@@ -35,13 +36,31 @@ def set_settings(module: nn.Module, settings: Mapping[str, Any], device: Any = N
     module.register_buffer(SETTINGS, _encode(settings).to(device))
 
 
+def guard_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Keep the settings of a network in its state dict, and make it refuse a state dict with others.
+
+    Args:
+        model: The network.
+        settings: Settings by name; empty for a network without any.
+    """
+    if settings:
+        set_settings(model, settings)
+    model.register_load_state_dict_pre_hook(functools.partial(_match_before_load, dict(settings)))
+
+
+def _match_before_load(
+    settings: Mapping[str, Any], model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+) -> None:
+    match_settings(state_dict, prefix, settings, args[-1])
+
+
 def _encode(settings: Mapping[str, Any]) -> Tensor:
     text = json.dumps(dict(settings), sort_keys=True)
     return torch.tensor(list(text.encode()), dtype=torch.uint8, device='cpu')
 
 
 def match_settings(state_dict: dict[str, Any], prefix: str, settings: Mapping[str, Any], errors: list[str]) -> None:
-    """Compare the settings in a state dict with those of a module that loads it, in ``_load_from_state_dict``.
+    """Compare the settings in a state dict with those of a module that loads it.
 
     Args:
         state_dict: Weights by name. The settings of the module overwrite those in it, so that ours is the only error.

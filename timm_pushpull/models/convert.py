@@ -1,18 +1,26 @@
 """Replaces the first convolution of any timm model by a push-pull unit."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.nn as nn
+from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor
 
 from ..errors import InputError
 from ..layers.push_pull import PushPullConv2d
+from ..layers.std_conv import PushPullStdConv2d
 from ..ops.reference import PullKernel
 
-__all__ = ['convert_to_push_pull']
+__all__ = ['convert_to_push_pull', 'first_convs']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
+
+UNITS: dict[type[nn.Module], type[PushPullConv2d]] = {
+    nn.Conv2d: PushPullConv2d,
+    Conv2dSame: PushPullConv2d,
+    **dict.fromkeys((StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame), PushPullStdConv2d),
+}
 
 
 def convert_to_push_pull(
@@ -25,10 +33,10 @@ def convert_to_push_pull(
     """Replace the first convolution of a timm model by a push-pull unit with the same weights.
 
     timm names the first convolution in ``model.pretrained_cfg['first_conv']``; where timm names several, each is
-    replaced.
+    replaced. timm's convolutions with TensorFlow's SAME padding or with standardized weights keep these.
 
     Args:
-        model: Model made by ``timm.create_model``; it is changed in place.
+        model: Model made by ``timm.create_model``, with or without ``features_only``; it is changed in place.
         avg_pool_size: Side of the window that averages the pull response, an odd number of output pixels; 0 for no
             averaging.
         alpha: Inhibition strength, one number or one for each output channel. For a trainable alpha its initial value;
@@ -40,27 +48,49 @@ def convert_to_push_pull(
         The model.
 
     Raises:
-        ValueError: If timm names no first convolution, if it is not exactly an ``nn.Conv2d``, or if a setting is
+        ValueError: If timm names no first convolution, if it is of a class that is not known here, or if a setting is
             refused by :class:`~timm_pushpull.PushPullConv2d`.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f'model must be made by timm.create_model, got {model!r}.')
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    name = cfg.get('architecture') or type(model).__name__
-    first_conv = cfg.get('first_conv')
-    if not first_conv:
-        raise InputError(f"{name} cannot be converted: timm names no first convolution (pretrained_cfg['first_conv']).")
-    layers = {}
-    for path in [first_conv] if isinstance(first_conv, str) else first_conv:
-        try:
-            conv = model.get_submodule(path)
-        except AttributeError:
-            raise InputError(f'{name} cannot be converted: it has no module {path!r}.') from None
-        if type(conv) is not nn.Conv2d:
+    name, layers = _name(model), {}
+    for path, conv in first_convs(model).items():
+        if type(conv) not in UNITS:
             raise InputError(f'{name} cannot be converted: {path} is a {type(conv).__name__}, not an nn.Conv2d.')
         if 'forward' in vars(conv):
             raise InputError(f'{name} cannot be converted: somebody replaced the forward of {path}; convert it first.')
-        layers[path] = PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
+        layers[path] = UNITS[type(conv)].from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
     for path, layer in layers.items():
         model.set_submodule(path, layer)
     return model
+
+
+def first_convs(model: nn.Module) -> dict[str, Any]:
+    """Find the layers that timm names as first convolutions.
+
+    Args:
+        model: Model made by ``timm.create_model``.
+
+    Returns:
+        The layers by their names in the model. timm's feature extractors give them other names than the network has.
+
+    Raises:
+        ValueError: If timm names none, or one that the model does not have.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f'model must be made by timm.create_model, got {model!r}.')
+    first_conv = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv')
+    if not first_conv:
+        raise InputError(
+            f"{_name(model)} cannot be converted: timm names no first convolution (pretrained_cfg['first_conv'])."
+        )
+    found, modules = {}, dict(model.named_modules())
+    for path in [first_conv] if isinstance(first_conv, str) else first_conv:
+        inside = [f'{extractor}.{path}' for extractor in ('model', 'body', 'graph_module')]
+        name = next((name for name in (path, path.replace('.', '_'), *inside) if name in modules), None)
+        if name is None:
+            raise InputError(f'{_name(model)} cannot be converted: it has no module {path!r}.')
+        found[name] = modules[name]
+    return found
+
+
+def _name(model: Any) -> str:
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import BlurPool2d
 from timm.models import (
     build_model_with_cfg,
@@ -24,13 +23,23 @@ from ..augment.prime import PRIME
 from ..checkpoint import model_args_of
 from ..errors import InputError
 from ..hub.recipes import list_recipes, read_recipe
-from ..hub.registry import fetch_weights, hub_configs, read_hub_models
+from ..hub.registry import PAPER
 from ..layers.contrast_norm import add_contrast_norm
 from ..layers.push_pull import PushPullConv2d
-from ..layers.settings import SETTINGS, is_settings, match_settings, set_settings
+from ..layers.settings import SETTINGS, guard_settings, is_settings
 from ..layers.stem import stem_in_chunks, use_chunks
 from ..ops.reference import PullKernel
+from .arguments import check_arguments
 from .original import rename_original
+from .pretrained import (
+    HUB_MODELS,
+    locate_weights,
+    plain_cfgs,
+    restore_sources,
+    start_of_unit,
+    warn_of_start,
+    weights_name,
+)
 
 __all__ = ['PushPullResNet']
 
@@ -84,12 +93,7 @@ class PushPullResNet(ResNet):
         augment_splits: int = 1,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(push_pull, bool):
-            raise InputError(f'push_pull must be True or False, got {push_pull!r}.')
-        if not isinstance(contrast_norm, bool):
-            raise InputError(f'contrast_norm must be True or False, got {contrast_norm!r}.')
-        if augment not in (None, 'prime'):
-            raise InputError(f"augment must be 'prime' or None, got {augment!r}.")
+        check_arguments(push_pull, contrast_norm, augment)
         if isinstance(aa_layer, str):
             aa_layer = _aa_layer(aa_layer)
         cifar = stem_type == 'cifar'
@@ -109,11 +113,10 @@ class PushPullResNet(ResNet):
         self.contrast_norm = contrast_norm
         if contrast_norm:
             add_contrast_norm(self.conv1)
-        self._settings: dict[str, Any] = {'contrast_norm': True} if contrast_norm else {}
+        settings: dict[str, Any] = {'contrast_norm': True} if contrast_norm else {}
         if aa_layer is not None:
-            self._settings['aa_layer'] = getattr(aa_layer, '__name__', repr(aa_layer))
-        if self._settings:
-            set_settings(self, self._settings)
+            settings['aa_layer'] = getattr(aa_layer, '__name__', repr(aa_layer))
+        guard_settings(self, settings)
         if augment == 'prime':
             augment_in_training(self, PRIME.cifar() if cifar else PRIME.imagenet(), augment_splits)
 
@@ -160,7 +163,6 @@ class PushPullResNet(ResNet):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Renamed here too, because timm's `--initial-checkpoint` calls no filter function.
         rename_original(state_dict, self, prefix)
-        match_settings(state_dict, prefix, self._settings, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -180,13 +182,20 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         model: Network that will load the weights.
 
     Returns:
-        Weights by the model's names; without alpha where the checkpoint has none.
+        Weights by the model's names; with the initial alpha for those of timm's ResNet.
 
     Raises:
         ValueError: If weights are missing or left over. The classifier may be: timm adapts it.
     """
     state_dict = dict(state_dict)
+    original_unit = 'conv1.push_conv.weight' in state_dict
     rename_original(state_dict, model)
+    if not original_unit:
+        for name, module in model.named_modules():
+            plain = not {f'{name}.alpha', f'{name}.{SETTINGS}'} & state_dict.keys()
+            if isinstance(module, PushPullConv2d) and plain:
+                state_dict |= {f'{name}.{key}': value for key, value in start_of_unit(module).items()}
+                warn_of_start(weights_name(model))
     names = model.state_dict().keys()
     optional = ('.alpha', '.num_batches_tracked')
     missing = [k for k in names - state_dict.keys() if not k.endswith(optional) and not is_settings(k)]
@@ -201,98 +210,52 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def _cifar_cfg() -> dict[str, Any]:
     return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
+        'num_classes': 10,
+        'input_size': (3, 32, 32),
+        'pool_size': (4, 4),
+        'crop_pct': 1.0,
         'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
+        'mean': CIFAR10_MEAN,
+        'std': CIFAR10_STD,
         'first_conv': 'conv1',
         'classifier': 'fc',
         'license': 'apache-2.0',
-        'origin_url': 'https://github.com/bgswaroop/pushpull-conv',
-        'paper_name': 'PushPull-Net: Inhibition-driven ResNet robust to image corruptions',
-        'paper_ids': 'arXiv:2408.04077',
-        **kwargs,
+        **PAPER,
     }
 
 
-def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(
-        **{
-            'num_classes': 10,
-            'input_size': (3, 32, 32),
-            'pool_size': (4, 4),
-            'crop_pct': 1.0,
-            'mean': CIFAR10_MEAN,
-            'std': CIFAR10_STD,
-            **kwargs,
-        }
-    )
-
-
-HUB_MODELS = read_hub_models(hub_configs())
-# Weights that pretrained=True loads into a network without a tag; other networks use their first entry in HUB_MODELS.
-DEFAULTS = {'pp_resnet18': 'pp_resnet18.pp3_r64_imagenette'}
-# Fields of a pretrained cfg that name where weights come from.
-SOURCES = {'file', 'hf_hub_id', 'state_dict', 'url'}
-
-# The networks without weights.
-PLAIN_CFGS = {
-    'pp_resnet18': _cfg(),
-    'pp_resnet34': _cfg(),
-    'pp_resnet50': _cfg(),
-    'pp_resnet101': _cfg(),
-    'pp_resnet152': _cfg(),
-    'pp_resnext50_32x4d': _cfg(),
-    'pp_resnet18_cifar': _cifar_cfg(),
-    'pp_resnet50_cifar': _cifar_cfg(),
-}
-
-
-def _has_default_weights(network: str) -> bool:
-    if network in DEFAULTS:
-        return DEFAULTS[network] in HUB_MODELS
-    return any(name.startswith(f'{network}.') for name in HUB_MODELS)
-
-
-# '*' marks the default of a network; '.*' makes the plain network the default, if the default weights are unreadable.
 default_cfgs = generate_default_cfgs(
     {
-        **{name + '*' * (name in DEFAULTS.values()): model.pretrained_cfg for name, model in HUB_MODELS.items()},
-        **{
-            network + '.*' * (network in DEFAULTS): cfg
-            for network, cfg in PLAIN_CFGS.items()
-            if not _has_default_weights(network)
-        },
+        **plain_cfgs('pp_resnet18', 'resnet18'),
+        **plain_cfgs('pp_resnet34', 'resnet34'),
+        **plain_cfgs('pp_resnet50', 'resnet50'),
+        **plain_cfgs('pp_resnet101', 'resnet101'),
+        **plain_cfgs('pp_resnet152', 'resnet152'),
+        **plain_cfgs('pp_resnext50_32x4d', 'resnext50_32x4d'),
+        'pp_resnet18_cifar': _cifar_cfg(),
+        'pp_resnet50_cifar': _cifar_cfg(),
+        **{name: model.pretrained_cfg for name, model in HUB_MODELS.items()},
     }
 )
 
 
 def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> PushPullResNet:
     cfg, overlay = kwargs.pop('pretrained_cfg', None), dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
-    if cfg and isinstance(cfg, str) and f'{variant}.{cfg}' not in HUB_MODELS:
+    if cfg and isinstance(cfg, str) and cfg not in default_cfgs[variant].cfgs:
         raise RuntimeError(_no_such_tag(variant, cfg))
-    if not cfg and not (pretrained and SOURCES.isdisjoint(key for key, value in overlay.items() if value)):
-        cfg = PLAIN_CFGS[variant]  # only the default weights set the classes and the image size of their data set
     resolved = resolve_pretrained_cfg(variant, cfg, overlay)
     hub_model = None if resolved.source else HUB_MODELS.get(f'{variant}.{resolved.tag}')
     if hub_model is not None:
         kwargs = {**hub_model.model_args, **kwargs}
     if pretrained:
-        sources = {source for source in SOURCES if getattr(resolved, source)}
-        if not sources:
+        if not (resolved.has_weights or resolved.state_dict):
             raise RuntimeError(
                 f'There are no pretrained weights of {variant}. Train the network ("timm-pushpull recipes" lists '
-                f'recipes), use pretrained=False, or use a model with weights: {", ".join(HUB_MODELS)}.'
+                f'recipes), use pretrained=False, or use weights of another network: {", ".join(HUB_MODELS)}.'
             )
-        if hub_model is not None and sources == {'hf_hub_id'}:
-            repo_id = hub_model.pretrained_cfg['hf_hub_id']
-            if resolved.hf_hub_id == repo_id:
-                overlay['file'] = fetch_weights(repo_id, hub_model.sha256, kwargs.get('cache_dir'))
+        overlay.update(locate_weights(resolved, hub_model, kwargs.get('cache_dir')))
     model: Any = build_model_with_cfg(
         PushPullResNet,
         variant,
@@ -302,21 +265,24 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
         pretrained_filter_fn=checkpoint_filter_fn,
         **kwargs,
     )
-    if resolved.file is None:
-        model.pretrained_cfg.pop('file', None)  # a path in the cache does not describe the model
+    restore_sources(model, resolved)
     return model
 
 
 def _no_such_tag(variant: str, tag: str) -> str:
     name = f'{variant}.{tag}'
     if name not in list_recipes():
-        return f'{name} is not a model with weights; those are {", ".join(HUB_MODELS)}.'
+        known = ', '.join(tag for tag in default_cfgs[variant].tags if tag)
+        return f'{name} is not a model with weights; the tags of {variant} are {known or "none"}.'
     recipe = read_recipe(name)
-    model_args = {'num_classes': recipe['num_classes'], **model_args_of(recipe)}
-    words = ', '.join(f'{key}={value}' for key, value in model_args.items())
+    settings: dict[str, Any] = {
+        **model_args_of(recipe),
+        **{key: recipe[key] for key in ('input_size', 'crop_pct') if key in recipe},
+    }
+    words = ', '.join(f'{key}={value}' for key, value in settings.items())
     return (
         f'{name} is a recipe without weights ("timm-pushpull recipes" tells how to train it). Load a checkpoint into '
-        f'{variant} with {words}, input_size={recipe["input_size"]}, crop_pct={recipe["crop_pct"]}.'
+        f'{variant} with {words}.'
     )
 
 

@@ -1,0 +1,209 @@
+"""Push-pull networks of any kind: a network of timm, whose first convolution is a push-pull unit.
+
+``pp_any`` takes timm's network as the model argument ``base``. The names in ``NETWORKS`` stand for it with a fixed
+base, and have the tags of that base. The ResNets are in :mod:`timm_pushpull.models.pushpull_resnet`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+from timm.models import (
+    PretrainedCfg,
+    generate_default_cfgs,
+    is_model,
+    load_state_dict,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._hub import load_state_dict_from_path
+
+from ..augment.in_model import augment_in_training
+from ..augment.prime import PRIME
+from ..errors import InputError
+from ..layers.contrast_norm import add_contrast_norm
+from ..layers.settings import SETTINGS, guard_settings, match_settings
+from ..ops.reference import PullKernel
+from .arguments import check_arguments
+from .convert import convert_to_push_pull, first_convs
+from .pretrained import locate_weights, plain_cfgs, restore_sources, start_of_unit, warn_of_start, weights_name
+
+__all__ = ['create_push_pull']
+
+NETWORKS = [
+    'convnext_atto',
+    'convnext_nano',
+    'convnext_tiny',
+    'convnext_small',
+    'convnext_base',
+    'convnextv2_nano',
+    'convnextv2_tiny',
+    'densenet121',
+    'edgenext_small',
+    'efficientnet_b0',
+    'efficientnet_b1',
+    'efficientnet_b3',
+    'ghostnet_100',
+    'hrnet_w18',
+    'mnasnet_100',
+    'mobilenetv2_100',
+    'mobilenetv3_large_100',
+    'mobilenetv3_small_100',
+    'mobilenetv4_conv_medium',
+    'mobilenetv4_conv_small',
+    'regnety_008',
+    'regnety_016',
+    'regnety_032',
+    'resnet50d',
+    'resnetv2_50',
+    'resnext101_32x8d',
+    'seresnet50',
+    'tf_efficientnet_lite0',
+    'tf_efficientnetv2_s',
+    'vgg16_bn',
+    'wide_resnet50_2',
+]
+NETWORKS = [network for network in NETWORKS if is_model(network)]  # of the timm that is installed
+
+default_cfgs = generate_default_cfgs(
+    {name: cfg for network in NETWORKS for name, cfg in plain_cfgs(f'pp_{network}', network).items()}
+    | {'pp_any': PretrainedCfg()}
+)
+
+
+def create_push_pull(
+    variant: str,
+    base: str,
+    pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    push_pull: bool = True,
+    avg_pool_size: int = 3,
+    alpha: float | Sequence[float] | None = None,
+    trainable_alpha: bool = True,
+    pull_kernel: PullKernel = 'inverted',
+    contrast_norm: bool = False,
+    augment: str | None = None,
+    augment_splits: int = 1,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a network of timm whose first convolution is a push-pull unit.
+
+    Args:
+        variant: Name of the push-pull network.
+        base: Name of timm's network, with or without a tag.
+        pretrained: Load weights: those of the pretrained cfg, otherwise those of the base.
+        pretrained_cfg: Tag of the base, or the cfg of other weights, of the push-pull network or of the base.
+        pretrained_cfg_overlay: Fields that replace those of the cfg.
+        cache_dir: Cache of the downloads.
+        push_pull: False keeps the plain convolution, for a baseline.
+        avg_pool_size: Side of the averaging window, an odd number of pixels of the unit's output, or 0.
+        alpha: Inhibition strength, or the initial value of a trainable one; None draws it from [0, 1), or takes 0.5
+            over the weights of the base.
+        trainable_alpha: Train one alpha for each output channel.
+        pull_kernel: 'inverted' or 'negated'.
+        contrast_norm: Give each image mean 0 and standard deviation 1 before the first convolution.
+        augment: 'prime' augments each batch with PRIME in training mode.
+        augment_splits: Number of ``train.py --aug-splits``, whose first split stays clean; 1 without it.
+        **kwargs: Other arguments of timm's network (``num_classes``, ``in_chans``, ``features_only``, ...).
+
+    Returns:
+        timm's network with the unit.
+
+    Raises:
+        ValueError: If timm has no such base or it cannot be converted, or if a setting is refused by the unit.
+        OSError: If the weights cannot be downloaded.
+        RuntimeError: If the weights are damaged, or those of another network or of other settings.
+    """
+    check_arguments(push_pull, contrast_norm, augment)
+    network, _, tag = base.partition('.') if isinstance(base, str) else ('', '', '')
+    if not is_model(network) or network.startswith('pp_'):
+        raise InputError(f'base must be a plain network of timm, such as convnext_tiny.fb_in1k, got {base!r}.')
+    cfg: Any = pretrained_cfg
+    if cfg and not isinstance(cfg, str):
+        cfg = cfg if isinstance(cfg, PretrainedCfg) else PretrainedCfg(**cfg)
+        if not (cfg.has_weights or cfg.state_dict):
+            cfg = None  # train.py passes the cfg of pp_any, which has no weights
+    cfg, overlay = cfg or tag or None, dict(pretrained_cfg_overlay or {})
+    resolved = resolve_pretrained_cfg(network, cfg, overlay)
+    settings = {'contrast_norm': True} if contrast_norm else {}
+    weights, saved_units = None, []
+    if pretrained:
+        located = locate_weights(resolved, None, cache_dir)
+        weights = _read_weights(dataclasses.replace(resolved, **located))
+        overlay |= located
+        if weights is not None:  # timm's network gets them without what it does not have
+            saved_units = _take_units(weights, resolved.first_conv)
+            _take_settings(weights, settings)
+            overlay |= dict(state_dict=weights, source=None, file=None, custom_load=False)
+        if any(saved_units) and not push_pull:
+            raise RuntimeError(f'The weights of {base} are those of a push-pull unit: leave push_pull=False out.')
+    model: Any = model_entrypoint(network)(
+        pretrained=pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **kwargs
+    )
+    restore_sources(model, resolved)
+    if push_pull:
+        convert_to_push_pull(model, avg_pool_size, alpha, trainable_alpha, pull_kernel)
+    layers = list(first_convs(model).values())
+    model.pretrained_cfg['architecture'] = variant
+    if push_pull and pretrained:
+        if not any(saved_units):
+            warn_of_start(weights_name(model) if variant != 'pp_any' else base)
+            saved_units = [start_of_unit(layer) for layer in layers]
+        for layer, saved in zip(layers, saved_units, strict=True):
+            layer.load_state_dict({**layer.state_dict(), **saved})
+    if contrast_norm:
+        for layer in layers:
+            add_contrast_norm(layer)
+    guard_settings(model, settings)
+    if augment == 'prime':
+        augment_in_training(model, PRIME.imagenet(), augment_splits)
+    return model
+
+
+def _read_weights(cfg: PretrainedCfg) -> dict[str, Any] | None:
+    """Read the weights; None for those in a format of their own, and for those that timm downloads by address."""
+    if cfg.source == 'local-dir':
+        return dict(load_state_dict_from_path(cfg.file or ''))
+    if cfg.state_dict:
+        return dict(cfg.state_dict)
+    return dict(load_state_dict(cfg.file)) if cfg.file and not cfg.custom_load else None
+
+
+def _take_units(weights: dict[str, Any], first_conv: Any) -> list[dict[str, Any]]:
+    """Take out of the weights what each push-pull unit has beside its convolution; nothing for a plain network."""
+    paths = [first_conv] if isinstance(first_conv, str) else first_conv or []
+    names = ('alpha', SETTINGS)
+    return [{name: weights.pop(f'{path}.{name}') for name in names if f'{path}.{name}' in weights} for path in paths]
+
+
+def _take_settings(weights: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Take the settings of the network out of the weights, and refuse others than the model has."""
+    errors: list[str] = []
+    match_settings(weights, '', settings, errors)
+    weights.pop(SETTINGS, None)
+    if errors:
+        raise RuntimeError(errors[0])
+
+
+def _entrypoint(network: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create_push_pull(create.__name__, network, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = f'pp_{network}'
+    create.__doc__ = f"""Constructs timm's {network} with a push-pull unit as its first convolution."""
+    return create
+
+
+for _network in NETWORKS:
+    globals()[f'pp_{_network}'] = register_model(_entrypoint(_network))
+
+
+@register_model
+def pp_any(pretrained: bool = False, base: str = '', **kwargs: Any) -> nn.Module:
+    """Constructs a network of timm, its ``base``, with a push-pull unit as its first convolution."""
+    return create_push_pull('pp_any', base, pretrained, **kwargs)
