@@ -199,13 +199,41 @@ def test_snr_in_noise_by_hand(tmp_path, monkeypatch):
     assert silent[0, 'push']['snr_db'] == '' and silent[0.5, 'push']['snr_db'] != ''
 
 
-@pytest.mark.parametrize('weight, ending', [(1.0, ''), (0.0, ': no finite SNR')])
-def test_the_legend_tells_what_has_no_line(weight, ending, tmp_path, monkeypatch):
+def drawn_figures(layer, folder, monkeypatch, **options):
     images = []
     monkeypatch.setattr(figures, '_to_png', lambda figure: images.append(figure) or b'')
-    draw_figures(unit([[[[weight]]]], alpha=0.0), tmp_path)
-    legend = images[1].axes[-1].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == [f'{name}{ending}' for name in figures.RESPONSES]
+    draw_figures(layer, folder, **options)
+    return images
+
+
+def test_words_tell_what_has_no_line(tmp_path, monkeypatch):
+    def words(layer):
+        _, *panels, plot = drawn_figures(layer, tmp_path, monkeypatch)[1].axes
+        return [panel.get_xlabel() for panel in panels], [text.get_text() for text in plot.get_legend().get_texts()]
+
+    below, legend = words(unit([[[[0.0]]]], alpha=0.0))
+    assert below == ['no response'] * 3 and legend == [f'{name}: no response' for name in figures.RESPONSES]
+    below, legend = words(unit([[[[1.0]]]], alpha=0.0))
+    assert all(text.endswith(' dB') for text in below) and legend == list(figures.RESPONSES)
+    # A kernel of one pixel: W = 1 responds to the bar alone without noise, W = -1 to weak noise beside the bar.
+    monkeypatch.setattr(figures, 'NOISE_STDS', (0.0, 0.1))
+    monkeypatch.setattr(figures, 'SHOWN_NOISE_STD', 0.1)
+    below, legend = words(unit([[[[-1.0]]]], alpha=0.0))
+    assert below == ['noise only'] * 3 and legend[0] == 'push: no response, noise only'
+    monkeypatch.setattr(figures, 'NOISE_STDS', (0.0,))
+    monkeypatch.setattr(figures, 'SHOWN_NOISE_STD', 0.0)
+    below, legend = words(unit([[[[1.0]]]], alpha=0.0))
+    assert below[0] == below[2] == 'edge only' and below[1].endswith(' dB')  # the average reaches beyond the bar
+    assert legend == ['push: edge only', 'pull', 'push-pull: edge only']
+
+
+def test_every_figure_names_the_model(tmp_path, monkeypatch):
+    layer = unit(torch.ones(2, 1, 3, 3))
+    for options, name in (({}, 'PushPullConv2d'), ({'name': 'mine.pth'}, 'mine.pth'), ({'name': 'x' * 60}, 'x' * 56)):
+        titles = [
+            figure.get_suptitle().split('\n') for figure in drawn_figures(layer, tmp_path, monkeypatch, **options)
+        ]
+        assert [lines[0] for lines in titles] == [name] * 4 and all(lines[-1][:2] != 'xx' for lines in titles)
 
 
 def test_the_filter_shown_tells_the_edge_from_even_light(tmp_path, monkeypatch):

@@ -24,5 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from ..robustness.inputs import load_model
     from ..viz.figures import draw_figures
 
-    for path in draw_figures(load_model(args.model, args.checkpoint, **model_options(args)), args.output, args.seed):
+    model = load_model(args.model, args.checkpoint, **model_options(args))
+    name = f'{args.model}, {args.checkpoint}' if args.checkpoint else args.model
+    for path in draw_figures(model, args.output, args.seed, name):
         print(path)

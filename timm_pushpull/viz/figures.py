@@ -7,6 +7,7 @@ import csv
 import io
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,9 @@ LINES: dict[str, dict[str, Any]] = {
 }
 
 
-def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0) -> list[Path]:
+def draw_figures(
+    model: nn.Module, folder: str | os.PathLike[str], seed: int = 0, name: str | None = None
+) -> list[Path]:
     """Draw the first push-pull unit of a model, and write the numbers of each figure beside it.
 
     The files are ``kernels``, ``edge``, ``spectra`` and ``alpha``, each as ``.png`` and as ``.csv``.
@@ -62,7 +65,7 @@ def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0
       response is a response to the border. Among the half of the filters with the largest alpha, the filter with the
       largest ``A_s / (A_u + |W|)`` is drawn: A_s is its push response to the bar without noise, A_u that to an even
       image of value 1, and the Euclidean norm ``|W|`` the standard deviation of its response to unit noise. An infinite
-      ratio is ``inf`` in the table, an undefined ratio is empty; neither is drawn.
+      ratio is ``inf`` or ``-inf`` in the table, an undefined ratio is empty; the figure has words for them.
     - ``spectra``: :func:`~timm_pushpull.viz.spectra.combined_spectrum` of the push kernels (alpha 0), of the pull
       kernels, and of combinations for several alpha and windows. The table has their radial means.
     - ``alpha``: the inhibition strength of each channel.
@@ -72,6 +75,7 @@ def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0
             as it is.
         folder: Folder of the files, made if it does not exist.
         seed: Seed of the noise.
+        name: Name of the model in the titles; None for its architecture.
 
     Returns:
         Paths of the files.
@@ -80,7 +84,8 @@ def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0
         ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If the model has no push-pull unit, or one whose weights are not finite.
     """
-    path, layer = _first_unit(model)
+    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+    path, layer = _first_unit(model, architecture)
     weight = layer.weight.detach().float().cpu()
     pull = pull_kernels(weight, layer.pull_kernel)
     alpha = torch.as_tensor(layer.alpha).detach().float().cpu().expand(layer.out_channels)
@@ -92,8 +97,11 @@ def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0
         'alpha': _alpha(alpha, f'{path}.alpha'.lstrip('.'), layer.trainable_alpha),
     }
     written = []
-    for name, (figure, columns, rows) in figures.items():
-        written += [Path(folder) / f'{name}.png', Path(folder) / f'{name}.csv']
+    for kind, (figure, columns, rows) in figures.items():
+        lines = textwrap.wrap(name or architecture, 56)
+        figure.suptitle('\n'.join([*lines, figure.get_suptitle()]))
+        figure.set_figheight(figure.get_figheight() + 0.17 * len(lines))
+        written += [Path(folder) / f'{kind}.png', Path(folder) / f'{kind}.csv']
         atomic_write(written[-2], _to_png(figure))
         atomic_write(written[-1], _to_csv(columns, rows))
     return written
@@ -102,8 +110,7 @@ def draw_figures(model: nn.Module, folder: str | os.PathLike[str], seed: int = 0
 _Drawn = tuple['Figure', Sequence[str], Iterable[Sequence[Any]]]  # figure, columns and rows of its table
 
 
-def _first_unit(model: nn.Module) -> tuple[str, PushPullConv2d]:
-    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+def _first_unit(model: nn.Module, name: str) -> tuple[str, PushPullConv2d]:
     for path, layer in model.named_modules():
         if isinstance(layer, PushPullConv2d):
             for parameter, value in layer.named_parameters(path):
@@ -200,14 +207,14 @@ def _edge(
     for axis, (name, image) in zip(axes, shown.items(), strict=True):
         low, high = (-1, 2) if name == 'input' else (0, brightest)
         axis.imshow(image.numpy(), cmap='gray', vmin=low, vmax=high)
-        below = f'noise std {SHOWN_NOISE_STD}' if name == 'input' else _decibels(snr[SHOWN_NOISE_STD, name])
+        below = f'noise std {SHOWN_NOISE_STD}' if name == 'input' else _snr_words(snr[SHOWN_NOISE_STD, name])
         axis.set(xticks=[], yticks=[], title=name, xlabel=below)
     axis = figure.add_subplot(grid[1])
     for name in RESPONSES:
         values = [snr[noise_std, name] for noise_std in NOISE_STDS]
         heights = [value if value is not None and math.isfinite(value) else math.nan for value in values]
-        label = f'{name}: no finite SNR' if all(map(math.isnan, heights)) else name
-        axis.plot(NOISE_STDS, heights, label=label, **LINES[name])
+        words = ', '.join(dict.fromkeys(map(_snr_words, values))) if all(map(math.isnan, heights)) else ''
+        axis.plot(NOISE_STDS, heights, label=f'{name}: {words}' if words else name, **LINES[name])
     axis.set(
         xlim=(-0.05, 1.05), xlabel="noise std (the edge's height is 1)", ylabel=f'SNR over {NOISE_DRAWS} draws (dB)'
     )
@@ -219,10 +226,12 @@ def _edge(
     return figure, columns, rows
 
 
-def _decibels(snr: float | None) -> str:
+def _snr_words(snr: float | None) -> str:
     if snr is None:
         return 'no response'
-    return f'{snr:.1f} dB' if math.isfinite(snr) else f'{"−" if snr < 0 else ""}∞ dB'
+    if math.isinf(snr):
+        return 'edge only' if snr > 0 else 'noise only'
+    return f'{snr:.1f} dB'
 
 
 def _spectra(weight: Tensor, pull: Tensor, dilation: tuple[int, int]) -> _Drawn:
@@ -277,8 +286,9 @@ def _alpha(alpha: Tensor, name: str, trainable: bool) -> _Drawn:
     axis.axvline(mean, color=VERMILION, linestyle='--', linewidth=2, label=f'mean {mean:#.3g}')
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel=f'inhibition strength α ({name})', ylabel='channels')
-    axis.set_title(f'{len(alpha)} channels, {negative:.0%} negative' if trainable else f'fixed, {len(alpha)} channels')
     axis.legend()
+    channels = f'{len(alpha)} channels'
+    figure.suptitle(f'{channels}, {negative:.0%} negative' if trainable else f'fixed, {channels}')
     return figure, ('channel', 'alpha'), enumerate(alpha.tolist())
 
 
