@@ -42,11 +42,14 @@ __all__ = [
     'baseline_row',
     'check_baseline',
     'columns_of',
+    'interval_columns',
     'measures_of',
     'model_of',
     'not_compared',
     'read_baseline',
     'read_summary',
+    'resampled_measures',
+    'severities_of',
     'summarize',
     'view_differences',
     'write_errors',
@@ -253,7 +256,7 @@ def summarize(
     check_baseline(baseline, protocol['models'])
     predictions = {name: passes for name, passes in predictions.items() if passes}
     rates = _error_rates(predictions, protocol['data']['images'])
-    severities = sorted({severity for passes in predictions.values() for _, severity in passes if severity})
+    severities = severities_of(predictions)
     rows = []
     for name, passes in predictions.items():
         details = protocol['models'][name]
@@ -267,10 +270,54 @@ def summarize(
             baseline_rates = rates.get(baseline_of(name, baseline, protocol['models']) or '')
             measures = _measures(rates[name], baseline_rates, severities, protocol['data'])
         for measure, values in measures.items():
-            numbers = [None] * 3 if values is None else [values[0], *_interval(values[1:])]
-            row.update(zip(columns_of(measure), map(_rounded, numbers), strict=True))
+            row |= interval_columns(measure, values)
         rows.append(row)
     return rows
+
+
+def severities_of(predictions: Predictions) -> list[int]:
+    """Name the severities over which CE is a mean.
+
+    Args:
+        predictions: Predictions of all models.
+
+    Returns:
+        Severities in the predictions, in order.
+    """
+    return sorted({severity for passes in predictions.values() for _, severity in passes if severity})
+
+
+def resampled_measures(
+    predictions: Predictions, severities: Sequence[int], data: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Compute the measures that need no baseline, on the images and on each resample of the images.
+
+    Args:
+        predictions: Predictions of the models.
+        severities: Severities over which CE is a mean.
+        data: Field ``data`` of the protocol.
+
+    Returns:
+        Measures by model: arrays (1 + 1000,) with the value in percent on the images, then on each resample; None for a
+        mean that cannot be computed. All models share the resamples.
+    """
+    with np.errstate(divide='ignore', invalid='ignore'):
+        rates = _error_rates(predictions, data['images'])
+    return {name: _measures(rates[name], None, severities, data) for name in predictions}
+
+
+def interval_columns(measure: str, values: np.ndarray | None) -> dict[str, float | str]:
+    """Return the columns of a row that hold a measure and its 95% interval.
+
+    Args:
+        measure: Name of the measure.
+        values: Value on the images, then on each resample of the images; None if the measure cannot be computed.
+
+    Returns:
+        The columns of :func:`columns_of`, rounded to three decimals; '' where there is no finite number.
+    """
+    numbers = [None] * 3 if values is None else [values[0], *_interval(values[1:])]
+    return dict(zip(columns_of(measure), map(_rounded, numbers), strict=True))
 
 
 def view_differences(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -328,16 +375,16 @@ class _Rates(NamedTuple):
 
 
 def _error_rates(predictions: Predictions, images: int) -> dict[str, _Rates]:
+    by_model = {name: _Rates(None, {}) for name in predictions}
     ranks = [(name, *key, array['rank']) for name, passes in predictions.items() for key, array in passes.items()]
     if not ranks:
-        return {}
+        return by_model
     wrong = np.stack([(rank != 0) & (rank != UNREADABLE) for *_, rank in ranks], 1).astype(np.float32)
     readable = np.stack([rank != UNREADABLE for *_, rank in ranks], 1).astype(np.float32)
     generator = np.random.default_rng(0)
     draws = [np.arange(images)[None]]
     draws += [generator.integers(images, size=(RESAMPLES // 20, images)) for _ in range(20)]
     rates = np.concatenate([_resampled_rates(draw, wrong, readable) for draw in draws])
-    by_model = {name: _Rates(None, {}) for name in predictions}
     for (name, corruption, severity, _), rate in zip(ranks, rates.T, strict=True):
         if corruption == CLEAN:
             by_model[name] = by_model[name]._replace(clean=rate)
