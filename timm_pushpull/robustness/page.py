@@ -7,19 +7,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .examples import ExampleImage
-from .metrics import COMPARISONS, MEANS, words_of
+from .metrics import COMPARISONS, KINDS, MEANS, words_of
+from .paired import CAVEAT, tell_apart, tenths, verdict
 from .runs import MEASURES
-from .summary import baseline_row, columns_of, not_compared, view_differences
+from .summary import baseline_row, columns_of, measures_of, not_compared, view_differences
 
 __all__ = [
     'baseline_differences',
+    'checkpoint_differences',
     'corruption_table',
     'document',
     'example_strips',
     'figure',
+    'folded',
     'lower_left_note',
+    'measure_notes',
     'measures_table',
     'pair_differences',
+    'protocol_field',
     'protocol_sentence',
     'protocol_table',
     'runs_table',
@@ -33,12 +38,17 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 1.5rem 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 p, figcaption, dd { max-width: 42rem; }
-.wide { overflow-x: auto; }
+/* A wide table grows beyond the text to both sides of the page, and scrolls where the page ends. */
+.wide { overflow-x: auto; width: max-content; min-width: 100%; max-width: calc(100vw - 3rem); position: relative;
+        left: 50%; transform: translateX(-50%); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem .3rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #ddd; }
-th { font-weight: 600; }
+th { font-weight: 600; max-width: 14rem; }
 th:first-child, td:first-child { text-align: left; }
-td small { display: block; color: #555; white-space: nowrap; }
+.wide th:first-child, .wide td:first-child { position: sticky; left: 0; background: #fff; min-width: 7.5rem;
+                                             max-width: 18rem; overflow-wrap: anywhere; }
+summary { cursor: pointer; font-size: 1.2rem; font-weight: 600; margin: 2.5rem 0 .5rem; }
+td small { display: block; color: #555; white-space: nowrap; font-weight: 400; }
 figure { margin: 1.5rem 0; }
 figure img { width: 100%; max-width: 36rem; height: auto; }
 .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem; margin: 1rem 0; }
@@ -46,9 +56,10 @@ figure img { width: 100%; max-width: 36rem; height: auto; }
 .strip img { width: 100%; height: auto; display: block; image-rendering: pixelated; margin-bottom: .2rem; }
 .right { color: #00664a; } .wrong { color: #a33c00; }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
-.protocol { font-size: .85rem; } .protocol td { text-align: left; overflow-wrap: anywhere; }
+.protocol { font-size: .85rem; } .protocol td { text-align: left; max-width: 18rem; }
 @media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding-right: .45rem; }
-                            td small { white-space: normal; } }
+                            th { max-width: 7rem; overflow-wrap: anywhere; } .wide { max-width: 100%; }
+                            .wide th:first-child, .wide td:first-child { min-width: 6rem; max-width: 6rem; } }
 @media print { body { max-width: none; font-size: 10pt; } figure, .strip div { break-inside: avoid; }
                figure img { max-width: 11cm; } h2 { break-after: avoid; }
                .strip { grid-template-columns: repeat(6, 1fr); } }
@@ -88,6 +99,19 @@ def _image(png: bytes, words: str) -> str:
     return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
+def folded(title: str, sections: Iterable[str]) -> str:
+    """Return a part of the page that opens on a click.
+
+    Args:
+        title: Title of the part.
+        sections: HTML of the part.
+
+    Returns:
+        HTML.
+    """
+    return f'<details><summary>{html.escape(title)}</summary>{"".join(sections)}</details>'
+
+
 def table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], measures: Sequence[str]) -> str:
     """Return a table with one line for each row.
 
@@ -116,16 +140,24 @@ def _with_interval(row: Mapping[str, Any], measure: str) -> str:
     if row.get(measure, '') == '':
         return '–'
     value, low, high = (row[column] for column in columns_of(measure))
-    interval = '' if '' in (low, high) else f'{_tenths(low)} to {_tenths(high)}'
-    return f'{_tenths(value)}<small>{interval}</small>'
-
-
-def _tenths(number: float) -> str:
-    return f'{round(number, 1) + 0.0:.1f}'  # 0.0 for -0.0
+    interval = '' if '' in (low, high) else f'{tenths(low)} to {tenths(high)}'
+    return f'{tenths(value)}<small>{interval}</small>'
 
 
 def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of E and the means, with notes and the definition of each mean.
+    """Return the table of E and the means.
+
+    Args:
+        rows: Rows of a summary.
+
+    Returns:
+        HTML.
+    """
+    return table(rows, ['model'], list(MEANS))
+
+
+def measure_notes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what limits the measures and their comparison, and the definition of each mean.
 
     Args:
         rows: Rows of a summary.
@@ -145,7 +177,10 @@ def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
         notes.append(f'Baseline: {html.escape(baseline)}. {html.escape(not_compared(rows))}'.rstrip())
     if unreadable := sum(row['unreadable'] for row in rows):
         notes.append(f'{unreadable} predictions are missing: their images could not be read.')
-    return f'{table(rows, ["model"], list(MEANS))}<p>{" ".join(notes)}</p><dl>{definitions}</dl>'
+    return f'<p>{" ".join(notes)}</p><dl>{definitions}</dl>'
+
+
+RUNS_NOTE = 'Mean of the training runs, with the lowest and the highest run.'
 
 
 def runs_table(means: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -160,7 +195,7 @@ def runs_table(means: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
     """
     # Comparisons with a single run of the baseline would depend on the luck of that run.
     comparisons = COMPARISONS if baseline_row(rows) is None else ()
-    note = 'Mean of the runs, with the lowest and the highest run. Of a kind of corruption: mean CE.'
+    note = f'{RUNS_NOTE} Of a kind of corruption: mean CE.'
     if any(row['R_net'] != '' for row in means) and comparisons:
         baseline = html.escape(rows[0]['baseline'])
         note += f' Relative mCE and R net compare each run with the run of {baseline} with the same text after the @.'
@@ -203,9 +238,44 @@ def pair_differences(differences: Sequence[Mapping[str, Any]]) -> str:
     """
     note = (
         'Points: the mean over the training runs of the second model less the mean over those of the first. A single '
-        f'run has no interval. {INTERVAL_NOTE}'
+        f'run has no such interval. {INTERVAL_NOTE}'
     )
     return f'{table(differences, ["pair", "runs of both"], MEASURES)}<p>{note}</p>'
+
+
+def checkpoint_differences(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the verdict on each pair of checkpoints, and the table of their differences with one line a measure.
+
+    Args:
+        rows: What :func:`~timm_pushpull.robustness.paired.paired_differences` returns.
+
+    Returns:
+        HTML.
+    """
+    verdicts = ''.join(f'<p>{html.escape(sentence)}</p>' for row in rows if (sentence := verdict(row)))
+    head = ''.join(f'<th>{html.escape(row["to"])} less {html.escape(row["from"])}</th>' for row in rows)
+    lines = [f'<tr><th>points</th>{head}</tr>']
+    errors = [measure for measure in measures_of(rows) if measure.startswith('CE_')]
+    for measure in (*MEASURES, *errors):
+        cells = [_with_interval(row, measure) for row in rows]
+        if any(tell_apart(row, measure) for row in rows):
+            bold = (tell_apart(row, measure) in ('lower', 'higher') for row in rows)
+            cells = [f'<b>{cell}</b>' if is_bold else cell for cell, is_bold in zip(cells, bold, strict=True)]
+            lines.append(f'<tr>{"".join(f"<td>{cell}</td>" for cell in (_measure_words(measure), *cells))}</tr>')
+    note = (
+        'The interval spans the middle 95% of the differences over 1,000 resamples of the images, which both models '
+        'share. Bold: the interval excludes 0. About one interval in 20 misses the difference that more images would '
+        f'give. {CAVEAT}'
+    )
+    return f'{verdicts}<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
+
+
+def _measure_words(measure: str) -> str:
+    if measure in KINDS:
+        return f'{measure}: mean CE'
+    if measure.startswith('CE_'):
+        return f'CE {words_of(measure.removeprefix("CE_"))}'
+    return measure.replace('_', ' ')
 
 
 def lower_left_note(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -232,7 +302,7 @@ def corruption_table(rows: Sequence[Mapping[str, Any]], corruptions: Sequence[st
     """Return the table of CE by corruption and model.
 
     Args:
-        rows: Rows of a summary.
+        rows: Rows of a summary, or of its means over training runs.
         corruptions: Names of the corruptions.
 
     Returns:
@@ -243,7 +313,9 @@ def corruption_table(rows: Sequence[Mapping[str, Any]], corruptions: Sequence[st
     for name in corruptions:
         cells = ''.join(f'<td>{_with_interval(row, f"CE_{name}")}</td>' for row in rows)
         lines.append(f'<tr><td>{words_of(name)}</td>{cells}</tr>')
-    note = f'Means over severities {rows[0]["severities"]}; – where a model did not see all of them.' if rows else ''
+    note = f'Means over severities {rows[0]["severities"]}; – where a model did not see all of them.'
+    if 'runs' in rows[0]:
+        note += f' {RUNS_NOTE}'
     return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
 
 
@@ -304,23 +376,65 @@ def protocol_table(protocol: Mapping[str, Any]) -> str:
     shared = _flat({key: value for key, value in protocol.items() if key != 'models'})
     models = {name: _flat(details) for name, details in protocol['models'].items()}
     fields = dict.fromkeys(field for details in models.values() for field in details)
-    columns = [['', *models], *([field, *(details.get(field, '–') for details in models.values())] for field in fields)]
-    wide = f'<div class="wide">{_plain_table(columns)}</div>'
-    return f'<div class="protocol">{_plain_table(shared.items())}<p></p>{wide}</div>'
+    lines = [[protocol_field(field), *(details.get(field) for details in models.values())] for field in fields]
+    of_models = _plain_table([['', *models], *lines])
+    of_all = _plain_table((protocol_field(field), value) for field, value in shared.items())
+    return f'<div class="protocol">{of_all}<p></p>{of_models}</div>'
+
+
+PROTOCOL_FIELDS = {
+    'corruptions.generated_by': 'corruptions generated by',
+    'corruptions.seed': 'seed of the corruptions',
+    'corruptions.applied_to': 'corruptions applied to',
+    'corruptions.stored_as': 'layout of the stored corruptions',
+    'corruptions.stored_names_sha256': 'hash of the names of the stored images',
+    'corruptions.crop': 'crop of the stored images',
+    'data.images': 'images',
+    'data.classes': 'classes',
+    'data.imagenet_1k': 'classes are the 1,000 of ImageNet',
+    'data.clean': 'clean images among them',
+    'data.names_sha256': 'hash of the image names',
+    'input_size': 'channels, height, width',
+    'mean': 'mean of each channel',
+    'std': 'standard deviation of each channel',
+    'crop_pct': 'fraction of the image in the crop',
+    'param_count': 'parameters, millions',
+    'weights_sha256': 'hash of the weights',
+    'modules_sha256': 'hash of the modules',
+}
+
+
+def protocol_field(field: str) -> str:
+    """Return what a field of a protocol holds, in words.
+
+    Args:
+        field: Keys that lead to the field, with dots between them.
+
+    Returns:
+        Text.
+    """
+    part, _, key = field.rpartition('.')
+    words = {'model_args': f'argument {key}', 'versions': f'version of {key}'}.get(part)
+    return words or PROTOCOL_FIELDS.get(field) or field.replace('.', ' ').replace('_', ' ')
 
 
 def _flat(value: Any, field: str = '') -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {field: value}
-    return {name: leaf for key in value for name, leaf in _flat(value[key], f'{field} {key}'.strip()).items()}
+    return {name: leaf for key in value for name, leaf in _flat(value[key], f'{field}.{key}'.strip('.')).items()}
 
 
 def _plain_table(lines: Iterable[Sequence[Any]]) -> str:
-    rows = (''.join(f'<td>{html.escape(_short(cell))}</td>' for cell in line) for line in lines)
-    return f'<table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'
+    rows = (''.join(f'<td>{html.escape(_value_words(cell))}</td>' for cell in line) for line in lines)
+    return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
 
-def _short(cell: Any) -> str:
-    """Cut a hash to its first digits; protocol.json has all of them."""
-    text = str(cell)
-    return text[:12] if re.fullmatch('[0-9a-f]{64}', text) else text
+def _value_words(value: Any) -> str:
+    if value is None:
+        return '–'
+    if isinstance(value, bool):
+        return 'yes' if value else 'no'
+    if isinstance(value, list):
+        return ', '.join(map(str, value))
+    text = str(value)
+    return text[:12] if re.fullmatch('[0-9a-f]{64}', text) else text  # protocol.json has the whole hash

@@ -1,6 +1,7 @@
 """Plots of a report, from the rows of a summary or from predictions."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from ..drawing import COLORS, new_figure
 from .examples import ExampleImage
 from .metrics import CLEAN, KINDS, TEST_CORRUPTIONS, words_of
 from .store import Predictions, readable_ranks
-from .summary import baseline_row, columns_of
+from .summary import baseline_row, columns_of, model_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ def plot_mce_against_clean_error(rows: Sequence[Mapping[str, Any]]) -> 'Figure |
     rows = [row for row in rows if row['E'] != '' and row['plain_mCE'] != '']
     if not rows:
         return None
-    figure = new_figure(max(4.2, 3 + 0.1 * len(rows)))  # room for the legend
+    figure = new_figure(4)
     axes = figure.subplots()
     for number, row in enumerate(rows):
         (x, y), spread = _with_spread(row, ['E', 'plain_mCE'])
@@ -75,7 +76,7 @@ def plot_error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | Non
     names = measured_corruptions(rows)
     if not names:
         return None
-    figure = new_figure(1.2 + max(0.3, 0.07 * len(rows)) * len(names) + 0.2 * len(rows) / 2)
+    figure = new_figure(1 + max(0.3, 0.07 * len(rows)) * len(names))
     axes = figure.subplots()
     for number, row in enumerate(rows):
         shift = 0.8 * (number - (len(rows) - 1) / 2) / len(rows)
@@ -115,7 +116,7 @@ def plot_error_by_severity(predictions: Predictions) -> 'Figure | None':
     """Plot the mean error over all test corruptions, and over each kind, against the severity.
 
     Args:
-        predictions: Predictions of the models.
+        predictions: Predictions of the models. Several training runs of a model share a line, their mean.
 
     Returns:
         The figure, None if there are no predictions for a corruption.
@@ -127,12 +128,19 @@ def plot_error_by_severity(predictions: Predictions) -> 'Figure | None':
         kinds = {'all 15': list(TEST_CORRUPTIONS), **kinds}
     if not kinds:
         return None
+    models: dict[str, list[Mapping[tuple[str, int], np.ndarray]]] = {}
+    for name, passes in predictions.items():
+        models.setdefault(model_of(name), []).append(passes)
+    if len(models) == len(predictions):
+        models = {name: [passes] for name, passes in predictions.items()}
     lines = (len(kinds) + 1) // 2
-    figure = new_figure(0.6 + 1.9 * lines)
+    figure = new_figure(0.4 + 1.9 * lines)
     panels = figure.subplots(lines, 2, sharex=True, sharey=True, squeeze=False)
     for panel, (kind, names) in zip(panels.flat, kinds.items(), strict=False):
-        for number, (model, passes) in enumerate(predictions.items()):
-            severities, errors = _mean_errors(passes, names)
+        for number, (model, runs) in enumerate(models.items()):
+            points = [_mean_errors(passes, names) for passes in runs]
+            severities = [severity for severity in range(6) if all(severity in run for run in points)]
+            errors = [np.mean([run[severity] for run in points]) for severity in severities]
             panel.plot(severities, errors, lw=1.5, label=model, **_style(number))
         panel.set_title(kind, fontsize=9)
         panel.grid(color='#ddd', lw=0.6)
@@ -146,14 +154,14 @@ def plot_error_by_severity(predictions: Predictions) -> 'Figure | None':
     return figure
 
 
-def _mean_errors(passes: Mapping[tuple[str, int], np.ndarray], names: Iterable[str]) -> tuple[list[int], list[float]]:
+def _mean_errors(passes: Mapping[tuple[str, int], np.ndarray], names: Iterable[str]) -> dict[int, float]:
     """Compute the mean error over the corruptions at each severity for which all of them have predictions."""
     points = {0: _error(passes[CLEAN, 0])} if (CLEAN, 0) in passes else {}
     for severity in range(1, 6):
         keys = [(name, severity) for name in names]
         if all(key in passes for key in keys):
             points[severity] = float(np.mean([_error(passes[key]) for key in keys]))
-    return list(points), list(points.values())
+    return points
 
 
 def _error(predictions: np.ndarray) -> float:
@@ -172,7 +180,7 @@ def plot_examples(example: ExampleImage, models: Sequence[str]) -> 'Figure':
         The figure.
     """
     lines = (len(example.views) + 3) // 4
-    figure = new_figure((1.35 + 0.14 * len(models)) * lines + 0.3)
+    figure = new_figure((1.35 + 0.14 * len(models)) * lines + 0.1)
     panels = figure.subplots(lines, 4, squeeze=False)
     for panel in panels.flat:
         panel.axis('off')
@@ -212,7 +220,7 @@ def plot_pairs(
         return None
     points = {row['model']: (row['E'], row['plain_mCE']) for pair, _ in arrows for row in pair}
     lines = [(points[start['model']], points[end['model']]) for (start, end), _ in arrows]
-    figure = new_figure(4.4)
+    figure = new_figure(4)
     axes = figure.subplots()
     for (start, end), (_, (low, high)) in zip(lines, arrows, strict=True):
         color = GAIN if end[1] < start[1] else LOSS
@@ -310,4 +318,8 @@ def _add_legend(figure: 'Figure', axes: 'Axes') -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels[0] == ZERO_LINE:  # lines come before points
         handles, labels = handles[1:] + handles[:1], labels[1:] + labels[:1]
-    figure.legend(handles, labels, loc='outside upper left', ncols=min(2, len(labels)), fontsize=9, frameon=False)
+    columns = 2 if len(labels) > 1 and max(map(len, labels)) <= 24 else 1
+    labels = [textwrap.fill(label, 50 // columns) for label in labels]
+    lines = sum(label.count('\n') + 1 for label in labels) / columns
+    figure.set_figheight(figure.get_figheight() + 0.18 * lines)  # room for the legend
+    figure.legend(handles, labels, loc='outside upper left', ncols=columns, fontsize=9, frameon=False)

@@ -15,6 +15,7 @@ from ..files import atomic_write
 from . import page, plots
 from .examples import read_examples
 from .metrics import COMPARISONS
+from .paired import checkpoint_pairs, paired_differences
 from .runs import Runs, difference_of_means, find_pairs, group_runs, less_baseline, means_over_runs, select_runs
 from .store import differences, read_predictions, read_protocol
 from .summary import baseline_of, check_baseline, columns_of, model_of, read_baseline, read_summary, summarize
@@ -114,9 +115,9 @@ def _folder_sections(parts: Sequence[_Part], output: Path, baseline: str | None,
     if len(parts) == 1:
         return _folder_section(parts[0], output, '', baseline, pairs)
     first, *others = (_shared(part.protocol) for part in parts)
-    fields = dict.fromkeys(field for other in others for field, *_ in differences(first, other))
+    fields = dict.fromkeys(page.protocol_field(field) for other in others for field, *_ in differences(first, other))
     sections = [
-        f'<p>These folders have {len(parts)} protocols, which differ in {html.escape(", ".join(fields))}: do not '
+        f'<p>These folders have {len(parts)} protocols, which differ in {html.escape("; ".join(fields))}: do not '
         'compare numbers across the parts of this page.</p>'
     ]
     for number, part in enumerate(parts, 1):
@@ -129,21 +130,34 @@ def _folder_sections(parts: Sequence[_Part], output: Path, baseline: str | None,
 def _folder_section(part: _Part, output: Path, prefix: str, baseline: str | None, pairs: Sequence[str]) -> list[str]:
     baseline = baseline or part.baseline
     has_baseline = any(baseline_of(name, baseline, part.predictions) for name in part.predictions)
-    rows = summarize(part.protocol, part.predictions, baseline if has_baseline else None)
+    baseline = baseline if has_baseline else None
+    rows = summarize(part.protocol, part.predictions, baseline)
+    compared = [*checkpoint_pairs(part.predictions, baseline), *_single_checkpoints(group_runs(rows), pairs)]
+    paired = paired_differences(part.protocol, part.predictions, dict.fromkeys(compared))
     examples = read_examples(part.folder, part.predictions)
     figures = {
         'error_by_severity': plots.plot_error_by_severity(part.predictions),
         'examples': plots.plot_examples(examples[0], list(part.predictions)) if examples else None,
     }
-    strips = ['<h2>Images and predictions</h2>', page.example_strips(examples, len(part.predictions) > 1)]
+    strips = [page.example_strips(examples, len(part.predictions) > 1)] if examples else []
     return [
         f'<p>{page.protocol_sentence(part.protocol)}</p>',
-        *_tables_and_plots(rows, figures, output, prefix, pairs),
-        *(strips if examples else []),
+        *_tables_and_plots(rows, paired, figures, strips, output, prefix, pairs),
         '<h2>Protocol</h2>',
         '<p>protocol.json has the same with whole hashes.</p>',
         page.protocol_table(part.protocol),
     ]
+
+
+def _single_checkpoints(models: Runs, pairs: Sequence[str]) -> list[tuple[str, str]]:
+    """Name the checkpoints of the pairs in which both sides have only one."""
+    checkpoints = []
+    for pair in find_pairs(pairs, [run['model'] for runs in models.values() for run in runs]).values():
+        runs = select_runs(models, pair)
+        start, end = ([run['model'] for run in runs[name]] for name in pair)
+        if len(start) == len(end) == 1:
+            checkpoints.append((start[0], end[0]))
+    return checkpoints
 
 
 def _summary_sections(path: Path, output: Path, baseline: str | None, pairs: Sequence[str]) -> list[str]:
@@ -154,7 +168,7 @@ def _summary_sections(path: Path, output: Path, baseline: str | None, pairs: Seq
         rows = [{**row, **ratios, 'baseline': baseline} for row in rows]
     _check_pairs(pairs, [[row['model'] for row in rows]])
     words = html.escape(f'From {path.name}. The protocol is in protocol.json of its results folder.')
-    return [f'<p>{words}</p>', *_tables_and_plots(rows, {}, output, '', pairs)]
+    return [f'<p>{words}</p>', *_tables_and_plots(rows, [], {}, [], output, '', pairs)]
 
 
 def _check_pairs(pairs: Sequence[str], parts: Sequence[Collection[str]]) -> None:
@@ -168,14 +182,16 @@ def _check_pairs(pairs: Sequence[str], parts: Sequence[Collection[str]]) -> None
 
 def _tables_and_plots(
     rows: Sequence[Mapping[str, Any]],
+    paired: Sequence[Mapping[str, Any]],
     figures: Mapping[str, 'Figure | None'],
+    strips: Sequence[str],
     output: Path,
     prefix: str,
     pairs: Sequence[str],
 ) -> list[str]:
     models = group_runs(rows)
     means = means_over_runs(models) if len(models) < len(rows) else []
-    shown = means or rows  # a plot of every single run would be too full
+    shown = means or rows  # tables and plots of every single run would be too full
     spread = 'mean of the training runs, and their range' if means else 'with 95% intervals'
     captions = {
         'mce_against_clean_error': f'Plain mCE against the clean error, {spread}; {page.lower_left_note(shown)}',
@@ -187,35 +203,50 @@ def _tables_and_plots(
         'error_by_corruption': plots.plot_error_by_corruption(shown),
         **figures,
     }
-    sections = ['<h2>Measures</h2>', page.measures_table(rows)]
     if means:
-        sections += ['<h2>Over training runs</h2>', page.runs_table(means, rows)]
+        sections = ['<h2>Over training runs</h2>', page.runs_table(means, rows), page.measure_notes(rows)]
+    else:
+        sections = ['<h2>Measures</h2>', page.measures_table(rows), page.measure_notes(rows)]
     baseline = rows[0]['baseline']
     if from_baseline := less_baseline(models, baseline):
         sections += ['<h2>Less the baseline</h2>', page.baseline_differences(from_baseline, baseline)]
+    if paired:
+        sections += ['<h2>Differences of checkpoints</h2>', page.checkpoint_differences(paired)]
     if found := [*find_pairs(pairs, [row['model'] for row in rows]).values()]:
-        sections += _pair_sections(models, found, output / f'{prefix}pairs.png')
+        sections += _pair_sections(models, found, paired, output / f'{prefix}pairs.png')
     sections.append('<h2>Where the errors are</h2>')
     for name, figure in figures.items():
         sections += _write_plot(figure, output / f'{prefix}{name}.png', captions.get(name, ''))
-    return [*sections, page.corruption_table(rows, plots.measured_corruptions(rows))]
+    corruptions = plots.measured_corruptions(rows)
+    sections.append(page.corruption_table(shown, corruptions))
+    if means:
+        tables = [page.measures_table(rows), page.corruption_table(rows, corruptions)]
+        return [*sections, page.folded(f'The {len(rows)} single training runs', [*tables, *strips])]
+    return [*sections, '<h2>Images and predictions</h2>', *strips] if strips else sections
 
 
-def _pair_sections(models: Runs, pairs: Sequence[tuple[str, str]], path: Path) -> list[str]:
+def _pair_sections(
+    models: Runs, pairs: Sequence[tuple[str, str]], paired: Sequence[Mapping[str, Any]], path: Path
+) -> list[str]:
     runs = select_runs(models, dict.fromkeys(name for pair in pairs for name in pair))
     means = {row['model']: row for row in means_over_runs(runs)}
-    rows = [
-        {'pair': f'{start} → {end}', 'runs of both': f'{len(runs[start])}, {len(runs[end])}'}
-        | difference_of_means(runs[start], runs[end])
-        for start, end in pairs
-    ]
+    of_checkpoints = {(row['from'], row['to']): row for row in paired}
+    over_runs, intervals = [], []
+    for start, end in pairs:
+        checkpoints = tuple(run['model'] for name in (start, end) for run in runs[name])
+        row = of_checkpoints.get(checkpoints)
+        if row is None:
+            row = {'pair': f'{start} → {end}', 'runs of both': f'{len(runs[start])}, {len(runs[end])}'}
+            row |= difference_of_means(runs[start], runs[end])
+            over_runs.append(row)
+        intervals.append(tuple(row[column] for column in columns_of('plain_mCE')[1:]))
     caption = (
         'Plain mCE against the clean error, mean of the training runs. An arrow leads from the first model of a pair '
         'to the second.'
     )
-    intervals = [tuple(row[column] for column in columns_of('plain_mCE')[1:]) for row in rows]
     figure = plots.plot_pairs([(means[start], means[end]) for start, end in pairs], intervals)
-    return ['<h2>Differences of pairs</h2>', page.pair_differences(rows), *_write_plot(figure, path, caption)]
+    tables = [page.pair_differences(over_runs)] if over_runs else []
+    return ['<h2>Differences of pairs</h2>', *tables, *_write_plot(figure, path, caption)]
 
 
 def _write_plot(figure: 'Figure | None', path: Path, caption: str) -> list[str]:

@@ -64,7 +64,8 @@ def means_over_runs(models: Runs) -> list[dict[str, Any]]:
     measures = [column for column in columns if {*columns_of(column)} <= columns.keys()]
     rows = []
     for model, runs in models.items():
-        row: dict[str, Any] = {'model': model, 'runs': len(runs), 'baseline': runs[0]['baseline']}
+        row: dict[str, Any] = {'model': model, 'runs': len(runs)}
+        row |= {name: runs[0][name] for name in ('baseline', 'severities')}
         for measure in (*measures, *KINDS):
             values = [run.get(measure, '') for run in runs]
             numbers = ('', '', '') if '' in values else (np.mean(values), min(values), max(values))
