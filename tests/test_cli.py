@@ -13,7 +13,7 @@ from timm_pushpull.cli import main
 from timm_pushpull.demo import run_demo
 
 
-def test_demo_ends_with_a_report_and_does_nothing_twice(tmp_path, monkeypatch):
+def test_demo_ends_with_a_report_and_does_nothing_twice(tmp_path, monkeypatch, capsys):
     for extra in ('sklearn', 'imagecorruptions', 'matplotlib'):
         pytest.importorskip(extra)
     result = run_demo(tmp_path, epochs=2, test_digits=20)
@@ -23,6 +23,32 @@ def test_demo_ends_with_a_report_and_does_nothing_twice(tmp_path, monkeypatch):
     assert result.report.is_file()
     monkeypatch.setattr(demo, '_train', None)
     assert run_demo(tmp_path, test_digits=20) == result
+    monkeypatch.setattr(demo, 'run_demo', lambda folder: result)
+    assert main(['demo', '--output', str(tmp_path)]) == 0
+    verdict = ' '.join(capsys.readouterr().out.split()).partition('report.html ')[2]
+    assert verdict.startswith('pp_resnet18 against plain resnet18, by these 20 images: the clean error is ')
+    assert '; plain mCE is ' in verdict
+    assert verdict.endswith('). This compares single checkpoints: other training runs may differ.')
+
+
+def test_demo_runs_in_one_thread(tmp_path, monkeypatch):
+    for extra in ('sklearn', 'imagecorruptions', 'matplotlib'):
+        pytest.importorskip(extra)
+    threads = []
+
+    def stop(*_):
+        threads.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, '_train', stop)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(tmp_path)
+        assert threads == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_demo_without_its_extra(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from timm.data import create_dataset, create_loader, create_transform
 
 from timm_pushpull.cli import main
 from timm_pushpull.cli.robustness import print_summary
-from timm_pushpull.robustness import views
+from timm_pushpull.robustness import page, views
 from timm_pushpull.robustness.corruptions import corrupt
 from timm_pushpull.robustness.data import open_stored, stratified_indices
 from timm_pushpull.robustness.evaluate import evaluate_robustness
@@ -301,6 +302,16 @@ def command(data, folder, *options):
     return [str(argument) for argument in (*arguments, *options)]
 
 
+def test_every_field_of_the_protocol_is_in_words(data, tmp_path):
+    evaluate_robustness({'net': network()}, tmp_path, dataset(data), **FEW)
+    stored = open_stored(write_stored(dataset(data), tmp_path / 'stored'), **FEW)
+    evaluate_robustness({'net': network()}, tmp_path / 'of stored', stored=stored, **FEW)
+    for folder in (tmp_path, tmp_path / 'of stored'):
+        fields = re.findall('<tr><td>(.*?)</td>', page.protocol_table(read_protocol(folder)))
+        assert len(fields) > 20 and 'seed of the corruptions' in fields or 'crop of the stored images' in fields
+        assert not [field for field in fields if '_' in field and not field.startswith('argument ')]
+
+
 def test_the_terminal_shows_the_measures_of_each_model(capsys):
     rows = [
         dict(model=model, E=e, E_low=1, E_high=99, CE_fog=fog, plain_mCE='', severities='1 5', unreadable=unreadable)
@@ -316,7 +327,8 @@ def test_command(data, tmp_path, capsys):
     options = ['--workers', '0', '--corruptions', 'fog', '--severities', '2', '--limit', '6']
     arguments = command(data, tmp_path, *options)
     assert main(arguments) == 0
-    assert 'test_resnet' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'test_resnet' in out and 'against' not in out
     assert (tmp_path / 'out' / 'errors.csv').read_text().count('\n') == 3
     assert main([*arguments, '--seed', '1']) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -407,6 +419,12 @@ def test_command_tells_two_checkpoints_of_one_network_apart(data, tmp_path, caps
     assert main(arguments) == 0
     predictions = read_predictions(tmp_path / 'out')
     assert list(predictions) == ['first', 'test_resnet']
+    *_, sentence, more, caveat = capsys.readouterr().out.splitlines()
+    assert f'{sentence} {more}' == (
+        'test_resnet against first, by these 21 images: the clean error is not told apart (0.0 points, 95% interval '
+        '0.0 to 0.0).'
+    )
+    assert caveat.startswith('This compares single checkpoints')
     assert read_protocol(tmp_path / 'out')['models']['first']['precision'] == 'bfloat16'
     arguments[1] = 'test_resnet'
     assert main(arguments) == 2

@@ -39,6 +39,8 @@ class DemoResult(NamedTuple):
 
     rows: list[dict[str, Any]]
     """Measures of both networks, see :func:`timm_pushpull.robustness.summary.summarize`."""
+    results: Path
+    """Results folder."""
     report: Path
     """Page with tables and plots."""
 
@@ -54,7 +56,7 @@ def run_demo(folder: str | os.PathLike[str], epochs: int = 8, test_digits: int =
         test_digits: Number of test digits, spread over the classes; at most 360.
 
     Returns:
-        Measures of both networks, and the report.
+        Measures of both networks, the results folder and the report.
 
     Raises:
         ModuleNotFoundError: If scikit-learn, imagecorruptions-imaug or matplotlib is not installed.
@@ -63,6 +65,17 @@ def run_demo(folder: str | os.PathLike[str], epochs: int = 8, test_digits: int =
         if importlib.util.find_spec(extra) is None:
             raise MissingExtraError(f"The demo needs {extra}: pip install 'timm-pushpull[demo]'", name=extra)
     folder = Path(folder)
+    threads = torch.get_num_threads()
+    # The threads of an operation wait for the slowest of them: on a busy machine each operation would wait until all
+    # its threads have had a core. A process with one thread waits for nobody.
+    torch.set_num_threads(1)
+    try:
+        return _run_demo(folder, epochs, test_digits)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_demo(folder: Path, epochs: int, test_digits: int) -> DemoResult:
     _write_digits(folder / 'digits')
     models = {}
     for name, push_pull in NETWORKS.items():
@@ -74,16 +87,17 @@ def run_demo(folder: str | os.PathLike[str], epochs: int = 8, test_digits: int =
         else:
             _train(models[name], name, folder / 'digits', epochs)
             atomic_write(weights, save(models[name].state_dict()))
+    results = folder / 'results'
     rows = evaluate_robustness(
         models,
-        folder / 'results',
+        results,
         create_dataset('', root=str(folder / 'digits'), split='test'),
         limit=test_digits,
         baseline=BASELINE,
         workers=2,
         progress=True,
     )
-    return DemoResult(rows, write_report([folder / 'results'], folder / 'report', note=NOTE))
+    return DemoResult(rows, results, write_report([results], folder / 'report', note=NOTE))
 
 
 def _write_digits(folder: Path) -> None:

@@ -10,7 +10,7 @@ def add_to(commands: Any) -> None:
         'demo',
         help='train a push-pull network and its baseline on digits, and compare them',
         description="Train pp_resnet18 and its plain baseline on scikit-learn's handwritten digits, measure both under "
-        '15 corruptions, and write a page with the results. It takes a few minutes on two cores.',
+        '15 corruptions, and write a page with the results. It takes about two minutes.',
     )
     parser.add_argument(
         '--output',
@@ -23,9 +23,10 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..demo import NOTE, run_demo
-    from .robustness import print_summary
+    from .robustness import print_summary, print_verdicts
 
     result = run_demo(args.output)
     print_summary(result.rows)
     print(textwrap.fill(NOTE, 100))
     print(f'Tables and plots: {result.report.resolve().as_uri()}')
+    print_verdicts(result.results)

@@ -1,6 +1,8 @@
 """``timm-pushpull robustness``."""
 
 import argparse
+import os
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +10,7 @@ from ..errors import InputError
 from ..robustness.metrics import SEVERITIES, TEST_CORRUPTIONS
 from .arguments import add_dataset_arguments, add_model_arguments, dataset_options, model_options, positive
 
-BASELINE_HELP = 'baseline of relative mCE and R_net: a model, or the name before the @ of training runs'
+BASELINE_HELP = 'model that the others are compared with, or the name before the @ of training runs'
 
 
 def add_to(commands: Any) -> None:
@@ -116,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
     if rows:
         print_summary(rows)
         print_notes(rows, args.output)
+        print_verdicts(args.output)
 
 
 def print_summary(rows: Sequence[dict[str, Any]]) -> None:
@@ -145,3 +148,14 @@ def print_notes(rows: Sequence[dict[str, Any]], output: str) -> None:
         print(alone)
     print(f'95% intervals: summary.csv in {output}. Protocol: protocol.json.')
     print(f'Page with tables and plots: timm-pushpull report {output}')
+
+
+def print_verdicts(folder: str | os.PathLike[str]) -> None:
+    """Print whether the images tell the models of a results folder apart."""
+    from ..robustness.paired import CAVEAT, read_verdicts
+
+    if verdicts := read_verdicts(folder):
+        print()
+        for sentence in verdicts:
+            print(textwrap.fill(sentence, 100, break_long_words=False, break_on_hyphens=False))
+        print(CAVEAT)
