@@ -36,12 +36,13 @@ def write_report(
     """Write a page with the tables and plots of measured robustness, and each plot as a PNG file.
 
     Results with different protocols never share a table or a plot: each protocol has its own part of the page. Models
-    whose names differ only after an ``@`` are training runs of one model: the page then has their means and ranges.
+    whose names differ only after an ``@`` are training runs of one model: the page then starts with their means and
+    ranges. Single checkpoints are compared on the images, see :mod:`timm_pushpull.robustness.paired`.
 
     Args:
         results: Results folders; or one ``summary.csv``, whose page lacks the plots that need predictions.
         output: Folder of the page, made if it does not exist.
-        baseline: Baseline of relative mCE and R_net, see
+        baseline: Model that the others are compared with, see
             :func:`~timm_pushpull.robustness.summary.baseline_of`; None for the baseline of the summaries.
         note: A sentence for the top of the page.
         pairs: Pairs ``'FROM:TO'`` of models, or of names before the ``@`` of training runs. The page then has the
