@@ -41,3 +41,16 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip('set TIMM_PUSHPULL_SHARED to the folder of shared reference data')
     return folder
+
+
+def save_plain(name: str, folder: Path) -> None:
+    """Save a plain network of timm as a repository on the Hub has it, with random weights and statistics."""
+    import timm
+    from timm.models import save_for_hf
+
+    model = timm.create_model(name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    save_for_hf(model, str(folder), safe_serialization=True)

@@ -10,8 +10,8 @@ import textwrap
 import pytest
 import timm
 import torch
+from conftest import save_plain
 from timm.models import get_arch_pretrained_cfgs, save_for_hf
-from torch import nn
 
 from timm_pushpull import convert_to_push_pull, update_stem_bn
 from timm_pushpull.layers.push_pull import PushPullConv2d
@@ -24,16 +24,10 @@ TIMM, ANY = 'timm/resnet18.a1_in1k', 'timm/mobilenetv3_small_100.lamb_in1k'
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    """Repositories of timm's plain networks, with random weights and statistics."""
-    folders = {}
-    for repo_id in (TIMM, ANY):
-        model = timm.create_model(repo_id.removeprefix('timm/'))
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2)
-        folders[repo_id] = tmp_path_factory.mktemp('plain')
-        save_for_hf(model, folders[repo_id], safe_serialization=True)
+    """Repositories of timm's plain networks."""
+    folders = {repo_id: tmp_path_factory.mktemp('plain') for repo_id in (TIMM, ANY)}
+    for repo_id, folder in folders.items():
+        save_plain(repo_id.removeprefix('timm/'), folder)
     return folders
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import save_plain
 from PIL import Image
 
 from timm_pushpull import evaluate_robustness, load_model, open_dataset
@@ -115,7 +116,37 @@ for recipe in recipes:
 """
 
 
-def test_every_recipe_runs(tmp_path):
+@pytest.fixture
+def published(hub, tmp_path, monkeypatch):
+    """A local Hub with plain networks of timm, and an empty cache for programs."""
+    for name in ('resnet18.a1_in1k', 'resnet50.a1_in1k', 'mobilenetv3_small_100.lamb_in1k'):
+        save_plain(name, tmp_path / name)
+        hub.host(f'timm/{name}', tmp_path / name)
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+    return hub
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        ['pp_resnet50'],
+        ['pp_resnet50.a1_in1k'],
+        ['pp_mobilenetv3_small_100'],
+        ['pp_any', '--model-kwargs', 'base=mobilenetv3_small_100.lamb_in1k', 'augment=prime'],
+    ],
+    ids=' '.join,
+)
+def test_train_from_timms_weights(model, published, data, tmp_path):
+    options = ('--epochs', '1', '--model', *model, '--pretrained')
+    result = subprocess.run(train_command(data, tmp_path, *options), capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0 and result.stderr.count('under a push-pull stem. Fine-tune') == 1, result.stderr
+    assert len(published.downloads()) == 1
+    # Our own commands read the model arguments from the checkpoint, base among them.
+    trained = load_model(model[0], tmp_path / 'run' / 'last.pth.tar')
+    assert trained.num_classes == 2
+
+
+def test_every_recipe_runs(published, tmp_path):
     """In a working directory of its own, from files that the command line writes."""
     lists = [Path(find_class_map(f'imagenet_{size}')).read_text().split() for size in (100, 200)]
     generator = torch.Generator().manual_seed(0)
