@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_hub import FOLDER, NAME
 
+from timm_pushpull.class_lists import find_class_map
 from timm_pushpull.cli import main
 from timm_pushpull.hub.card import Evaluation, _description, _results
 from timm_pushpull.hub.recipes import read_recipe, recipe_text
@@ -285,6 +287,23 @@ def test_other_weights_are_refused_before_images_are_measured(run, exported, dat
         image.write_text('not a image')
     options = ('--tag', TAG, '--output', exported.parent, '--dtype', 'float16', '--data-dir', tmp_path / 'data')
     assert 'other weights' in fails(capsys, 'export', run / 'last.pth.tar', *options)
+
+
+def test_images_with_the_classes_of_the_training_in_another_order_are_refused(run, tmp_path, capsys):
+    names = Path(find_class_map('imagenet_100')).read_text().split()
+    options = {**OPTIONS, 'num_classes': 100, 'class_map': '/data/imagenet_100_synsets.txt', 'model_kwargs': {}}
+    (tmp_path / RECIPE).write_text(yaml.safe_dump(options))
+    torch.save(timm.create_model('pp_resnet18', num_classes=100).state_dict(), tmp_path / 'last.pth.tar')
+    for name in names:
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(tmp_path / 'data' / name / 'image.png')
+    (tmp_path / 'map.txt').write_text('\n'.join([*names[:98], names[99], names[98]]))
+    arguments = 'export', tmp_path / 'last.pth.tar', '--tag', TAG, '--output', tmp_path / 'hub', '--data-dir'
+    error = fails(capsys, *arguments, tmp_path / 'data', '--class-map', tmp_path / 'map.txt')
+    assert (
+        f"another order than the images: class 98 is '{names[98]}' in {tmp_path}/last.pth.tar, '{names[99]}'" in error
+    )
+    assert main(['hub', *map(str, arguments), str(tmp_path / 'data')]) == 0
 
 
 def test_damaged_weights_are_replaced(run, tmp_path):

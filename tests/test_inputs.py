@@ -7,6 +7,8 @@ from PIL import Image
 from timm.data import resolve_data_config
 
 from timm_pushpull import load_model, open_dataset
+from timm_pushpull.models.pushpull_resnet import HUB_MODELS
+from timm_pushpull.robustness.classes import label_names
 from timm_pushpull.robustness.inputs import load_models
 
 SMALL = dict(num_classes=3)
@@ -100,6 +102,14 @@ def test_a_model_that_cannot_be_loaded_is_refused(name, options, message, checkp
         options = {**options, 'checkpoint': checkpoint}
     with pytest.raises(ValueError, match=message):
         load_model(name, **options)
+
+
+def test_the_class_names_of_a_tag_are_not_those_of_a_checkpoint(tmp_path):
+    name = next(name for name, model in HUB_MODELS.items() if model.pretrained_cfg.get('label_names'))
+    model = timm.create_model(name)
+    assert label_names(model)[0] == 'n01440764'
+    torch.save(model.state_dict(), tmp_path / 'other.pth')
+    assert label_names(load_model(name, tmp_path / 'other.pth')) == []
 
 
 def test_labels_of_models(tmp_path, checkpoint, monkeypatch):

@@ -20,11 +20,38 @@ def find_class_map(name: str, folder: str = '') -> str:
         Path of the file; '' for no file. The path of a list of this package is absolute.
 
     Raises:
-        ValueError: If there is no such file or list.
+        ValueError: If there is no such file or list; or if timm would read other names from the file than it shows, for
+            a byte-order mark, a line without a name, or a name on two lines.
     """
     lists = Path(__file__).parent.absolute()
     for path in (name, os.path.join(folder, name), lists / f'{name}_synsets.txt'):
-        if not name or os.path.isfile(path):
+        if not name:
+            return name
+        if os.path.isfile(path):
+            _check_lines(Path(path))
             return str(path)
     ours = ', '.join(sorted(path.name.removesuffix('_synsets.txt') for path in lists.glob('*_synsets.txt')))
     raise InputError(f'class_map must be a file of class names or one of {ours}, got {name!r}.')
+
+
+def _check_lines(path: Path) -> None:
+    """Refuse lines of a text file that would shift or leave out a class: timm takes each line for a name, even ''."""
+    if path.suffix.lower() != '.txt':
+        return
+    try:
+        lines = path.read_text(encoding='utf-8').rstrip('\n').split('\n')
+    except UnicodeDecodeError:
+        raise InputError(f'class_map must be a text file in UTF-8, {path} is not one.') from None
+    if lines[0].startswith('\ufeff'):
+        raise InputError(
+            f'class_map must be without a byte-order mark, {path} begins with one: save it as plain UTF-8.'
+        )
+    numbers: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise InputError(f'class_map must have a name on each line, line {number} of {path} is empty.')
+        if number != numbers.setdefault(line.strip(), number):
+            raise InputError(
+                f'class_map must name each class once, {path} has {line.strip()} on the lines '
+                f'{numbers[line.strip()]} and {number}.'
+            )

@@ -74,7 +74,6 @@ def run(args: argparse.Namespace) -> None:
     from timm.data import resolve_data_config
     from timm.utils import init_distributed_device
 
-    from ..class_lists import find_class_map
     from ..robustness.data import open_stored
     from ..robustness.evaluate import evaluate_robustness
     from ..robustness.inputs import load_models, open_dataset, refused_by_timm
@@ -85,8 +84,7 @@ def run(args: argparse.Namespace) -> None:
     if args.data_dir or args.dataset:
         dataset = open_dataset(**dataset_options(args))
     if args.stored:
-        class_map = find_class_map(args.class_map, args.stored)
-        stored = open_stored(args.stored, args.corruptions, args.severities, class_map)
+        stored = open_stored(args.stored, args.corruptions, args.severities, args.class_map)
     models = load_models(args.models, args.checkpoint, **model_options(args))  # last: it may download weights
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     with refused_by_timm(f'--device {args.device}'):

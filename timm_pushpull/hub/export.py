@@ -19,6 +19,7 @@ from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 from ..checkpoint import model_args_of, read_checkpoint, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
+from ..robustness.classes import check_labels
 from ..robustness.data import DatasetImages
 from ..robustness.evaluate import evaluate_robustness
 from ..robustness.protocol import hash_modules, hash_weights
@@ -84,7 +85,8 @@ def export_checkpoint(
     if not all(tensor.isfinite().all() for tensor in rounded.state_dict().values()):
         raise InputError(f'dtype must hold all weights, some are not finite in {dtype}: take bfloat16.')
 
-    labels, evaluation, rounding = _labels(options, model.num_classes), None, None
+    labels = of_training = _labels(options, model.num_classes)
+    evaluation = rounding = None
     images = None if dataset is None else DatasetImages(dataset)
     if images is not None:
         labels = images.classes
@@ -93,6 +95,7 @@ def export_checkpoint(
         labels = read_classes(results)
     if labels and len(labels) != model.num_classes:
         raise InputError(f'{checkpoint} has {model.num_classes} classes, the data {len(labels)}.')
+    check_labels(str(checkpoint), of_training, labels)
 
     label_config = _label_config(labels)
     folder = output / name

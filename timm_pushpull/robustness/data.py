@@ -10,7 +10,9 @@ from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import IterableDataset
 
+from ..class_lists import find_class_map
 from ..errors import InputError
+from .classes import check_folders, check_not_training, classes_without_images, numbers_sorted_as_text
 
 __all__ = [
     'DatasetImages',
@@ -37,9 +39,12 @@ class DatasetImages:
         targets: Class index of each image.
         classes: Name of each class, '' where the dataset has none.
         names: Name of each image, its index where it has none.
+        notes: What is odd about the classes or left out, in sentences.
 
     Raises:
-        ValueError: If the dataset is a stream, without access by index (``tfds/``, ``wds/``, ``hfids/``).
+        ValueError: If the dataset is a stream, without access by index (``tfds/``, ``wds/``, ``hfids/``), if its images
+            are those for training in place of another split, or for the reasons of
+            :func:`~timm_pushpull.robustness.classes.check_folders`.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -50,10 +55,13 @@ class DatasetImages:
             )
         self._dataset = dataset
         self._reader: Any = getattr(dataset, 'reader', None)
+        self.notes = self._check_folders()
         self.targets = self._read_targets()
         self.classes = self._read_classes()
         has_files = hasattr(self._reader, 'samples')
         self.names = dataset.filenames() if has_files else [str(index) for index in range(len(self.targets))]
+        sentences = classes_without_images(self.classes, self.targets), numbers_sorted_as_text(self.classes)
+        self.notes += filter(None, sentences)
 
     def image(self, index: int) -> Image.Image:
         """Decode one image.
@@ -72,6 +80,16 @@ class DatasetImages:
         # Not dataset[index]: for an image that it cannot read, timm's dataset returns the next image.
         return _decode(lambda: _load(self._reader[index][0]), self.names[index])
 
+    def _check_folders(self) -> list[str]:
+        folders = self._dataset if self._reader is None else self._reader
+        samples = getattr(folders, 'samples', None)
+        if not isinstance(samples, list) or not os.path.isdir(getattr(folders, 'root', '')):
+            return []  # not folders of images
+        files = [file for file, _ in samples]
+        check_not_training(folders.root, files)
+        # torchvision's classes are the outer folders, and its reader refuses a class without images.
+        return [] if self._reader is None else check_folders(folders.root, files, folders.class_to_idx)
+
     def _read_targets(self) -> list[int]:
         samples, targets = getattr(self._reader, 'samples', None), getattr(self._reader, 'targets', None)
         if targets is None and samples is not None:
@@ -89,7 +107,7 @@ class DatasetImages:
 
     def _read_classes(self) -> list[str]:
         for owner in (self._reader, self._dataset):
-            for attribute in ('class_to_idx', 'class_name_to_idx'):
+            for attribute in ('wnid_to_idx', 'class_to_idx', 'class_name_to_idx'):  # torchvision's ImageNet: the first
                 indices = getattr(owner, attribute, None)
                 if indices:
                     # Several names may share an index; the first name counts.
@@ -113,9 +131,11 @@ class StoredFolders:
         targets: Class index of each image, the same for each corruption and severity.
         classes: Name of each class.
         names: File of each image, relative to the folder of the severity.
+        notes: What is odd about the classes or left out, in sentences.
 
     Raises:
-        ValueError: If a corruption or a severity is missing, or if it holds no images.
+        ValueError: If a corruption or a severity is missing, if it holds no images, or for the reasons of
+            :func:`~timm_pushpull.robustness.classes.check_folders`.
     """
 
     layout = 'corruption/severity/class/file'
@@ -145,6 +165,7 @@ class StoredFolders:
         except RuntimeError as error:  # timm found no image file
             raise InputError(str(error)) from None
         self.targets, self.classes, self.names = images.targets, images.classes, images.names
+        self.notes = images.notes
 
     def image(self, corruption: str, severity: int, index: int) -> Image.Image:
         """Decode one image.
@@ -177,6 +198,7 @@ class StoredArrays:
         targets: Class index of each image, the same for each corruption and severity.
         classes: '' for each class: the layout has no names.
         names: Index of each image.
+        notes: Empty: nothing is left out.
 
     Raises:
         ValueError: If an array is missing, or has another shape or data type.
@@ -203,6 +225,7 @@ class StoredArrays:
         self.targets = [int(label) for label in labels[: len(labels) // 5]]
         self.classes = [''] * (max(self.targets) + 1)
         self.names = [str(index) for index in range(len(self.targets))]
+        self.notes: list[str] = []
 
     def image(self, corruption: str, severity: int, index: int) -> Image.Image:
         """Read one image.
@@ -236,18 +259,19 @@ def open_stored(
         folder: Folder of the corruptions.
         corruptions: Names of the corruptions to read.
         severities: Severities to read, 1 to 5.
-        class_map: Classes to keep and their indices, as ``--class-map`` of timm; only in the layout of ImageNet-C.
+        class_map: File of class names, or ``imagenet_100`` or ``imagenet_200``, as for
+            :func:`~timm_pushpull.open_dataset`; only in the layout of ImageNet-C.
 
     Returns:
         The images, for :func:`timm_pushpull.evaluate_robustness`.
 
     Raises:
-        ValueError: If the folder does not exist, or lacks a corruption or a severity.
+        ValueError: If the folder or the class map does not exist, or if the folder lacks a corruption or a severity.
     """
     if not Path(folder).is_dir():
         raise InputError(f'stored must be a folder of corruptions, {folder} is not one.')
     if not (Path(folder) / 'labels.npy').exists():
-        return StoredFolders(folder, corruptions, severities, class_map)
+        return StoredFolders(folder, corruptions, severities, find_class_map(class_map, os.fspath(folder)))
     if class_map:
         raise InputError(f'class_map selects folders of classes, but {folder} holds arrays: leave class_map out.')
     return StoredArrays(folder, corruptions)

@@ -1,6 +1,7 @@
 """Runs models on clean and corrupted images and writes their predictions to a results folder."""
 
 import io
+import logging
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import atomic_write
+from .classes import check_labels, describe_targets, label_names, list_some
 from .corruptions import check_corruption, import_imagecorruptions
 from .data import DatasetImages, StoredArrays, StoredFolders, stratified_indices
 from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS
@@ -40,6 +42,7 @@ from .views import View, Views
 
 __all__ = ['evaluate_robustness']
 
+_logger = logging.getLogger(__name__)
 EXAMPLES = 3  # images kept for the report
 
 
@@ -87,7 +90,7 @@ def evaluate_robustness(
         batch_size: Images in a batch.
         workers: Processes that decode and corrupt, for each process that runs models; 0 to use that process itself.
         amp_dtype: Data type of autocast; None for float32.
-        progress: Show a progress bar.
+        progress: Show a progress bar and the number of images of the classes.
 
     Returns:
         The rows of ``summary.csv``, see :func:`~timm_pushpull.robustness.summary.summarize`; none in processes other
@@ -96,8 +99,9 @@ def evaluate_robustness(
     Raises:
         ModuleNotFoundError: If corruptions are to be generated and imagecorruptions-imaug is not installed.
         ValueError: If there is no model, or neither ``dataset`` nor ``stored``; if these two hold different images; if
-            a model does not fit the number of classes or RGB images; if an image cannot be read; if the folder holds
-            results of another protocol; or if a corruption, a severity or the baseline does not exist.
+            a model does not fit RGB images or the classes by their number, names or order; if the images are those for
+            training in place of another split; if an image cannot be read; if the folder holds results of another
+            protocol; or if a corruption, a severity or the baseline does not exist.
     """
     folder = Path(folder)
     if not models:
@@ -128,9 +132,14 @@ def evaluate_robustness(
     data_configs = {name: data_configs[name] for name in models}
     views = Views(clean, stored, seed, data_configs, skip_unreadable)
     images = views.images
+    notes = images.notes
     for name, model in models.items():
         if model.num_classes != len(images.classes):
-            raise InputError(f'{name} has {model.num_classes} classes, but the images have {len(images.classes)}.')
+            raise InputError(
+                f'{name} has {model.num_classes} classes, but the images have {len(images.classes)} '
+                f'({list_some(images.classes)}). {" ".join(images.notes)}'.strip()
+            )
+        notes = [*notes, *filter(None, [check_labels(name, label_names(model), images.classes)])]
     indices = stratified_indices(images.targets, limit)
     passes = [(CLEAN, 0)] if clean is not None else []
     passes += [(corruption, severity) for corruption in corruptions for severity in severities]
@@ -149,6 +158,10 @@ def evaluate_robustness(
             write_protocol(folder, merge_protocol(folder, protocol))
         names, targets = [images.names[index] for index in indices], [images.targets[index] for index in indices]
         write_images(folder, names, targets, images.classes)
+        if progress:
+            print(describe_targets(images.classes, targets), file=sys.stderr)
+        for note in notes:
+            _logger.warning(note)
         unfinished = {
             key: [name for name in models if not predictions_path(folder, name, *key).exists()] for key in passes
         }

@@ -13,6 +13,7 @@ from ..checkpoint import model_args_of, read_checkpoint, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
 from ..layers.push_pull import PushPullConv2d
+from .classes import check_not_training
 
 __all__ = ['load_model', 'load_models', 'open_dataset', 'refused_by_timm']
 
@@ -22,8 +23,8 @@ def open_dataset(
 ) -> Any:
     """Open a dataset without a transform.
 
-    If a folder lacks the split, timm takes all images in the folder, training images included. This function refuses
-    such a folder, unless it has no splits at all.
+    If a folder lacks the split, timm takes all images in the folder. This function refuses training images, and takes a
+    folder without the split ``'validation'`` as it is.
 
     Args:
         data_dir: Folder of the dataset.
@@ -44,9 +45,10 @@ def open_dataset(
     with refused_by_timm(f'{name or "images"} in {root}'):
         dataset: Any = create_dataset(name, **options)
     if root is not None and not name and dataset.reader.root == root:
-        has_training = any(os.path.isdir(os.path.join(root, training)) for training in ('train', 'training'))
-        if split != 'validation' or has_training:
+        if split != 'validation':
             raise InputError(f'split must be a folder in data_dir, there is no {split} in {root}.')
+        if os.path.isdir(root):
+            check_not_training(root, (file for file, _ in dataset.reader.samples), split)
     return dataset
 
 
@@ -113,7 +115,7 @@ def load_model(
     if num_classes is not None:
         model_kwargs['num_classes'] = num_classes
     with refused_by_timm(name):
-        model = create_model(name, pretrained=checkpoint is None, **{**model_args_of(options), **model_kwargs})
+        model: Any = create_model(name, pretrained=checkpoint is None, **{**model_args_of(options), **model_kwargs})
         if checkpoint is not None:
             if options:
                 set_data_config(model, options)
@@ -124,6 +126,7 @@ def load_model(
                     f'checkpoint {checkpoint} holds no alpha, and {name} would keep a random one: give the model '
                     'argument push_pull=False for a plain network, otherwise alpha.'
                 )
+            model.pretrained_cfg.pop('label_names', None)  # those of other weights
     return model
 
 

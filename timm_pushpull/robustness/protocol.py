@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..layers.settings import is_settings
+from .classes import is_imagenet_1k
 from .data import DatasetImages, StoredArrays, StoredFolders
 
 __all__ = ['describe_corruptions', 'describe_images', 'describe_models', 'hash_modules', 'hash_weights', 'versions']
@@ -51,11 +52,10 @@ def describe_images(
     Returns:
         Field ``data`` of the protocol.
     """
-    classes = len(images.classes)
     return {
         'images': len(indices),
-        'classes': classes,
-        'imagenet_1k': classes == 1000 == len(set(images.targets)),
+        'classes': len(images.classes),
+        'imagenet_1k': is_imagenet_1k(images.classes) and len(set(images.targets)) == len(images.classes),
         'clean': has_clean,
         'names_sha256': _sha256('\n'.join(f'{images.names[index]} {images.targets[index]}' for index in indices)),
     }

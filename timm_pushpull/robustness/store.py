@@ -12,7 +12,7 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
     and modules, its precision and its device;
 
 - ``images.csv``: one row for each image: ``image`` (its name) and ``class`` (its class index);
-- ``classes.csv``: one row for each class: ``class`` (its index) and ``name``;
+- ``classes.csv``: one row for each class: ``class`` (its index), ``name``, and its number of ``images``;
 - ``predictions/MODEL/CORRUPTION-SEVERITY.npy``: one element for each row of ``images.csv``, of type ``PREDICTION``.
   Clean images have the name ``clean-0``. Fields:
 
@@ -29,6 +29,7 @@ import csv
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,7 +172,9 @@ def write_images(
     """
     images = [{'image': name, 'class': target} for name, target in zip(names, targets, strict=True)]
     write_csv(Path(folder) / 'images.csv', images)
-    write_csv(Path(folder) / 'classes.csv', [{'class': index, 'name': name} for index, name in enumerate(classes)])
+    count = Counter(image['class'] for image in images)
+    rows = [{'class': index, 'name': name, 'images': count[index]} for index, name in enumerate(classes)]
+    write_csv(Path(folder) / 'classes.csv', rows)
 
 
 def read_images(folder: str | os.PathLike[str]) -> list[tuple[str, int]]:
