@@ -100,6 +100,7 @@ def test_a_folder_without_images_is_refused_where_it_would_shift_the_classes(lef
 
 def test_a_class_map_that_leaves_out_images_is_told(tmp_path):
     folder = write_images(tmp_path / 'data', [f'class{index}' for index in range(7)])
+    Image.new('RGB', (32, 32)).save(folder / 'image.png')
     images = DatasetImages(create_dataset('', root=str(folder), class_map={'class5': 0, 'class9': 1}))
     assert images.notes == [
         'Folders of images that the class map leaves out: 6 (class0, class1, class2, 3 more).',
@@ -127,6 +128,16 @@ def test_numbers_in_the_order_of_text_are_told(tmp_path):
     assert (by_text.classes, by_number.classes) == (['1', '10', '2'], ['1', '2', '10'])
     assert by_text.notes[0].startswith('The class names are numbers in the order of text (1, 10, 2).')
     assert by_number.notes == []
+    by_map = DatasetImages(create_dataset('', root=root, class_map={'10': 0, '1': 1, '2': 2}))
+    assert by_map.notes == []  # neither order
+
+
+def test_a_class_may_lie_deeper_and_a_class_map_may_leave_an_empty_folder_out(tmp_path):
+    folder = write_images(tmp_path / 'data', ['warm/red', 'cold/blue'])
+    assert DatasetImages(create_dataset('', root=str(folder))).classes == ['blue', 'red']
+    (folder / 'orange').mkdir()
+    images = DatasetImages(create_dataset('', root=str(folder), class_map={'red': 0, 'blue': 1}))
+    assert (images.classes, images.notes) == (['red', 'blue'], [])
 
 
 def test_training_images_do_not_replace_a_missing_split(tmp_path):
@@ -195,11 +206,15 @@ def test_only_imagenet_is_divided_by_alexnets_errors(tmp_path):
         def __getitem__(self, index):
             return Image.new('RGB', (32, 32)), index
 
-    found = []
-    for place, names in enumerate([ImageNetInfo().label_names(), [f'class {index}' for index in range(1000)]]):
-        measure(tmp_path / str(place), Images(names), network(1000), limit=3)
-        found.append(read_protocol(tmp_path / str(place))['data']['imagenet_1k'])
-    assert found == [True, False]
+    def is_imagenet(folder, images):
+        measure(tmp_path / folder, images, network(1000), limit=3)
+        return read_protocol(tmp_path / folder)['data']['imagenet_1k']
+
+    imagenet = Images(ImageNetInfo().label_names())
+    assert is_imagenet('all', imagenet)
+    assert not is_imagenet('others', Images([f'class {index}' for index in range(1000)]))
+    imagenet.targets[7] = 8
+    assert not is_imagenet('999', imagenet)
 
 
 def test_torchvisions_imagenet_is_read_by_synsets(tmp_path):

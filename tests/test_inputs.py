@@ -94,7 +94,11 @@ def test_the_ema_weights_are_loaded_on_demand(tmp_path, checkpoint):
         ('no_network', {}, 'no_network: Unknown model'),
         ('pp_resnet18_cifar', {}, 'pp_resnet18_cifar: there are no pretrained weights, give a checkpoint'),
         ('test_resnet', dict(alpha=2), "test_resnet: .*unexpected keyword argument 'alpha'"),
-        ('pp_resnet18', dict(checkpoint='', num_classes=4), 'pp_resnet18: .*size mismatch .*Give the num_classes and'),
+        (
+            'pp_resnet18',
+            dict(checkpoint='', num_classes=4),
+            'pp_resnet18 with .*plain.pth: .*size mismatch .*Give the num_classes and',
+        ),
     ],
 )
 def test_a_model_that_cannot_be_loaded_is_refused(name, options, message, checkpoint):

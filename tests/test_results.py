@@ -158,12 +158,17 @@ def test_a_ratio_needs_twenty_errors_of_the_baseline(tmp_path, errors, is_given)
     assert (b['R_net'] != '', b['relative_mCE'] != '') == (True, is_given)
 
 
-@pytest.mark.parametrize(
-    'content', [b'', b'a,b\n1,2\n', b'\xff\xfe', b'model,E\nm,1,2\n', b'model,E\nm\n', b'model,E\nm,x\n']
-)
+@pytest.mark.parametrize('content', [b'', b'a,b\n1,2\n', b'\xff\xfe', b'model,E\nm,x\n'])
 def test_a_file_that_is_not_a_summary_is_refused(tmp_path, content):
     (tmp_path / 'table.csv').write_bytes(content)
     with pytest.raises(ValueError, match=r'table.csv is not a summary.csv'):
+        read_summary(tmp_path / 'table.csv')
+
+
+@pytest.mark.parametrize('content', [b'model,E\nm,1,2\n', b'model,E\nm\n'])
+def test_a_row_with_too_few_or_too_many_cells_is_refused(tmp_path, content):
+    (tmp_path / 'table.csv').write_bytes(content)
+    with pytest.raises(ValueError, match=r'table.csv, row 1: must have 2 cells'):
         read_summary(tmp_path / 'table.csv')
 
 

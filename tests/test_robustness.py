@@ -203,7 +203,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_image(data, tmp_
 
         def forward(self, x):
             logits = torch.zeros(len(x), 3)
-            first = 21 if self.corrupted else 0
+            first = 22 if self.corrupted else 1  # after the image that tries the size
             for place in range(len(x)):
                 if self.seen + place == first + 17:
                     logits[place, 1] = self.value
@@ -340,7 +340,7 @@ def test_command(data, tmp_path, capsys):
     [
         (['--checkpoint', 'missing.pth'], 'checkpoint must be a file, missing.pth is not one'),
         (['--checkpoint', 'net.pth', 'net.pth'], 'checkpoint must name one file for each of the 1 models, got 2'),
-        (['--num-classes', '4'], 'test_resnet: Error(s) in loading state_dict for ResNet: size mismatch for fc.weight'),
+        (['--num-classes', '4'], 'net.pth: Error(s) in loading state_dict for ResNet: size mismatch for fc.weight'),
         (['--num-classes', '4'], 'Give the num_classes and model arguments of the training'),
         (['--split', 'tset'], 'split must be a folder in data_dir, there is no tset in '),
         (['--model-kwargs', 'alpha=2'], "test_resnet: ResNet.__init__() got an unexpected keyword argument 'alpha'"),
@@ -631,12 +631,51 @@ def test_each_model_sees_its_own_size_crop_and_interpolation(tmp_path):
         configs[name] = dict(input_size=(3, size, size), crop_pct=1.0, crop_mode='center', interpolation='nearest')
         configs[name] |= plain | change
     evaluate_robustness(models, tmp_path / 'out', images, corruptions=[], data_configs=configs)
-    rows = {name: model.seen[0][0, 0, 0].round().tolist() for name, model in models.items()}
+    rows = {name: model.seen[1][0, 0, 0].round().tolist() for name, model in models.items()}
     assert rows['whole'] == [10, 30, 50, 70]  # every second column
     assert rows['middle'] == [20, 30, 40, 50]  # not resized, four columns in the middle
     # The filter is twice as wide: (3 * 0 + 3 * 10 + 20) / 7 at the edge, (10 + 3 * 20 + 3 * 30 + 40) / 8 inside.
     assert rows['smooth'] == [7, 25, 45, 63]
     assert rows['small'] == [20, 60]
+
+
+def test_a_size_that_a_model_does_not_take_is_refused(data, tmp_path):
+    vit = timm.create_model('vit_tiny_patch16_224', num_classes=3).train()
+    message = 'a does not take images of 3x32x32: Input height .32. doesn.t match model .224.. Give .*img_size=32'
+    configs = {'a': {**GEOMETRY, 'crop_mode': 'center'}}
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness({'a': vit}, tmp_path / 'out', dataset(data), corruptions=[], data_configs=configs)
+    assert vit.training and not (tmp_path / 'out').exists()
+    fits = timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=3)
+    evaluate_robustness({'a': fits}, tmp_path / 'out', dataset(data), corruptions=[], data_configs=configs)
+
+
+def test_command_refuses_a_size_that_a_model_does_not_take(data, tmp_path, capsys):
+    arguments = command(data, tmp_path, '--workers', '0')
+    arguments[1] = name = 'vit_tiny_patch16_224'
+    torch.save(timm.create_model(name, num_classes=3).state_dict(), tmp_path / 'net.pth')
+    assert main(arguments) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f'timm-pushpull: {name} does not take images of 3x32x32: ')
+
+
+def test_a_killed_worker_is_told_in_one_line(data, tmp_path, capsys, monkeypatch):
+    arguments = command(data, tmp_path, '--corruptions', 'fog', 'contrast', '--severities', '2', '--workers', '1')
+
+    def kill(image, corruption, severity, index, seed):
+        if corruption == 'contrast':
+            os.kill(os.getpid(), signal.SIGKILL)
+        return corrupt(image, corruption, severity, index, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(views, 'corrupt', kill)
+        assert main([*arguments, '--batch-size', '21']) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith('timm-pushpull: A process that reads images was killed (DataLoader worker (pid')
+    assert 'repeat the command with fewer workers (--workers)' in error
+    finished = contents(tmp_path / 'out' / 'predictions')
+    assert finished and main(arguments) == 0
+    assert finished.items() < contents(tmp_path / 'out' / 'predictions').items()
 
 
 def test_the_limit_takes_images_of_each_class(data, tmp_path):

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
 from .errors import InputError
@@ -24,21 +26,32 @@ def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = False) -> dict
         Options of ``train.py`` by name; empty for files of weights alone, such as safetensors.
 
     Raises:
-        ValueError: If the file does not exist, cannot be read, or lacks EMA weights that are asked for.
+        ValueError: If the file does not exist, cannot be read, holds no weights, or lacks EMA weights that are asked
+            for.
     """
     if not os.path.isfile(path):
         raise InputError(f'checkpoint must be a file, {path} is not one.')
-    content: Any = {}
-    if not str(path).endswith('.safetensors'):
-        try:
+    content: Any
+    try:
+        if str(path).endswith('.safetensors'):
+            content = load_file(path)
+        else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the type of the options
                 content = torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as error:  # its type depends on the fault of the file
-            raise InputError(f'{path} cannot be read as a checkpoint: {" ".join(str(error).split())}') from error
+    except Exception as error:  # its type depends on the fault of the file
+        raise InputError(f'{path} cannot be read as a checkpoint: {" ".join(str(error).split())}') from error
     if not isinstance(content, Mapping):
         raise InputError(f'{path} must hold weights by name, it holds a {type(content).__name__}.')
     if use_ema and not {'state_dict_ema', 'model_ema'} & content.keys():
         raise InputError(f'{path} holds no EMA weights: train with --model-ema, or leave --use-ema out.')
+    wanted = [*(('state_dict_ema', 'model_ema') if use_ema else ()), 'state_dict', 'model']  # as timm looks for them
+    key = next((key for key in wanted if content.get(key) is not None), '')
+    weights = content[key] if key else content
+    if not isinstance(weights, Mapping) or not weights:
+        raise InputError(f'{path} must hold weights by name{f" as {key}" if key else ""}, got {reprlib.repr(weights)}.')
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f'{path} must hold a tensor as {name}, got {reprlib.repr(tensor)}.')
     options = content.get('args')
     return vars(options) if isinstance(options, argparse.Namespace) else {}
 

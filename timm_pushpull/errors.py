@@ -1,6 +1,6 @@
 """Errors that a user can mend, apart from those of bugs."""
 
-__all__ = ['InputError', 'MissingExtraError']
+__all__ = ['InputError', 'MissingExtraError', 'WorkerKilledError']
 
 
 class InputError(ValueError):
@@ -12,3 +12,7 @@ class InputError(ValueError):
 
 class MissingExtraError(ModuleNotFoundError):
     """A package of an optional extra is not installed. The message says how to install it."""
+
+
+class WorkerKilledError(RuntimeError):
+    """The system killed a process that reads images. The message says what to do; finished work is kept."""

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..errors import InputError, MissingExtraError
+from ..errors import InputError, MissingExtraError, WorkerKilledError
 from . import bench, demo, figures, hub, import_original, recipes, report, robustness
 from .arguments import Parser
 
@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None for those of the process.
 
     Returns:
-        Exit status: 0; 2 after one line that says what is wrong; 130 after an interruption.
+        Exit status: 0; 2 after one line that says what is wrong with the input; 1 after one line about a killed worker;
+        130 after an interruption.
     """
     args = build_parser().parse_args(argv)
     try:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('timm-pushpull: interrupted. Finished work is kept: the same command continues it.', file=sys.stderr)
         return 130
-    except (InputError, MissingExtraError, OSError) as error:
+    except (InputError, MissingExtraError, OSError, WorkerKilledError) as error:
         if args.debug:
             raise
         kind = type(error)
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *_, message = [kind.__name__, *str(error).strip().splitlines()]
         message = message.removeprefix(f'{kind.__module__}.').removeprefix(f'{kind.__name__}: ')
         print(f'timm-pushpull: {message}', file=sys.stderr)
-        return 2
+        return 1 if kind is WorkerKilledError else 2
     return 0
 
 

@@ -9,14 +9,25 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import create_model
+from yaml import YAMLError
 
 from ..errors import InputError
+from ..fields import CHANNELS, COUNT, INTERPOLATION, POSITIVE, SIZE, TEXT, check_fields
 from ..layers.settings import is_settings
+from .recipes import read_options
 from .registry import CARD, CHECKSUM, CONFIG, RECIPE, read_hub_model
 from .weights import WEIGHTS, file_sha256
 
 __all__ = ['check_folder']
 
+PRETRAINED_CFG = {
+    'input_size': SIZE,
+    'interpolation': INTERPOLATION,
+    'crop_pct': POSITIVE,
+    'mean': CHANNELS,
+    'std': CHANNELS,
+    'num_classes': COUNT,
+}
 PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth', '.tar')
 
 
@@ -44,10 +55,13 @@ def check_folder(folder: str | os.PathLike[str]) -> str:
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES:
             raise InputError(f'{path} may hold a pickle, which runs code when it is loaded: keep {WEIGHTS} only.')
-    sha256 = read_hub_model(folder).sha256
+    read_options(folder / RECIPE)
+    hub_model = read_hub_model(folder)
+    sha256 = hub_model.sha256
+    check_fields(folder / CONFIG, hub_model.pretrained_cfg, PRETRAINED_CFG, 'pretrained_cfg')
     try:
         model: Any = create_model(f'local-dir:{folder}').eval()
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f'{folder / CONFIG} does not describe a model: {error}') from error
     cfg = model.pretrained_cfg
     if f'{cfg["architecture"]}.{cfg.get("tag")}' != folder.resolve().name:
@@ -61,8 +75,11 @@ def check_folder(folder: str | os.PathLike[str]) -> str:
     if not (folder / WEIGHTS).exists():
         return f'sound, without the weights of SHA-256 {sha256}'
     _check_weights(folder, sha256, model)
-    with torch.inference_mode():
-        logits = model(torch.randn(2, *cfg['input_size'], generator=torch.Generator().manual_seed(0)))
+    try:
+        with torch.inference_mode():
+            logits = model(torch.randn(2, *cfg['input_size'], generator=torch.Generator().manual_seed(0)))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f'{folder / CONFIG} describes a model that does not run: {error}') from error
     if logits.shape != (2, model.num_classes):
         raise InputError(
             f'{folder} gives logits of shape {tuple(logits.shape)} for 2 images, must be {(2, model.num_classes)}.'
@@ -100,13 +117,12 @@ def _check_card(folder: Path) -> None:
     path = folder / CARD
     try:
         card = ModelCard.load(path)
-    except ValueError as error:
-        raise InputError(f'{path}: {error}') from error
+    except (AttributeError, KeyError, TypeError, ValueError, YAMLError) as error:
+        raise InputError(f'{path} is not a model card: {" ".join(str(error).split())}') from error
     for key, value in {'library_name': 'timm', 'pipeline_tag': 'image-classification'}.items():
         if card.data.get(key) != value:
             raise InputError(f'{path} must say {key}: {value}, got {card.data.get(key)!r}.')
-    tags = card.data.get('tags') or []
-    if not {'timm', 'push-pull'} <= set(tags) or 'transformers' in tags:
+    tags = card.data.get('tags')
+    if not isinstance(tags, list) or not {'timm', 'push-pull'} <= set(map(str, tags)) or 'transformers' in tags:
         raise InputError(f'{path} must have the tags timm and push-pull, and not transformers, got {tags}.')
-    if not card.data.get('license'):
-        raise InputError(f'{path} must say a license.')
+    check_fields(path, card.data.to_dict(), {'license': TEXT})

@@ -19,14 +19,16 @@ from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 from ..checkpoint import model_args_of, read_checkpoint, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
+from ..fields import TRAINING_OPTIONS, read_text
 from ..robustness.classes import check_labels
 from ..robustness.data import DatasetImages
 from ..robustness.evaluate import evaluate_robustness
+from ..robustness.inputs import refused_by_timm
 from ..robustness.protocol import hash_modules, hash_weights
 from ..robustness.store import read_classes, read_predictions, read_protocol
 from ..robustness.summary import baseline_of, read_baseline, summarize
 from .card import Evaluation, Rounding, model_card
-from .recipes import list_recipes, recipe_text
+from .recipes import list_recipes, read_options, recipe_text
 from .registry import CARD, CHECKSUM, CONFIG, HUB_ORG, PAPER, RECIPE, read_checksum
 from .weights import WEIGHTS, file_sha256
 
@@ -74,11 +76,11 @@ def export_checkpoint(
             other weights.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    options = _read_options(checkpoint, name)
-    model = _build(name, options)
+    options = _read_options(checkpoint, name, use_ema)
+    model = _build(name, options, checkpoint.with_name(RECIPE))
     recipe = _known_recipe(name, output / name)
     if recipe is not None:
-        _check_network(model, name, yaml.safe_load(recipe), options)
+        _check_network(model, name, yaml.safe_load(recipe), options, output / name / RECIPE)
     _load(model, checkpoint, use_ema)
     stored = copy.deepcopy(model).to(dtype)
     rounded = copy.deepcopy(stored).float()
@@ -138,14 +140,14 @@ def export_checkpoint(
     return folder
 
 
-def _read_options(checkpoint: Path, name: str) -> dict[str, Any]:
+def _read_options(checkpoint: Path, name: str, use_ema: bool) -> dict[str, Any]:
     """Read the options of the run, which ``train.py`` writes beside its checkpoints."""
     if not checkpoint.is_file():
         raise InputError(f'checkpoint must be a file of train.py, {checkpoint} is not one.')
     path = checkpoint.with_name(RECIPE)
     if not path.is_file():
         raise InputError(f'{checkpoint} must be beside the {RECIPE} of its run, which train.py wrote; it is missing.')
-    options = yaml.safe_load(path.read_text(encoding='utf-8'))
+    options = read_options(path)
     architecture, _, tag = name.partition('.')
     if not re.fullmatch(r'\w+', tag, re.ASCII) or not is_model(architecture):
         raise InputError(
@@ -153,15 +155,23 @@ def _read_options(checkpoint: Path, name: str) -> dict[str, Any]:
             f'got {name!r}.'
         )
     if options['model'].partition('.')[0] != architecture:
-        raise InputError(f'{checkpoint} is a checkpoint of {options["model"]}, not of {architecture}.')
+        raise InputError(
+            f'{checkpoint} is a checkpoint of {options["model"]}, not of {architecture}: {path} names its network.'
+        )
+    # train.py writes the number of classes into the checkpoint's options after it has written the file.
+    shared = TRAINING_OPTIONS.keys() - {'num_classes'}
+    for key, value in read_checkpoint(checkpoint, use_ema).items():
+        if key in shared and (value or None) != (options.get(key) or None):
+            raise InputError(f'{path} says {key}: {options.get(key)}, but its {checkpoint.name} says {value}.')
     return options
 
 
-def _build(name: str, options: Mapping[str, Any]) -> Any:
+def _build(name: str, options: Mapping[str, Any], path: Path) -> Any:
     """Build the network as ``train.py`` does, with the preprocessing of its images in ``pretrained_cfg``."""
     architecture, _, tag = name.partition('.')
-    model: Any = create_model(architecture, **model_args_of(options))
-    set_data_config(model, options)
+    with refused_by_timm(str(path)):
+        model: Any = create_model(architecture, **model_args_of(options))
+        set_data_config(model, options)
     reduction = model.feature_info[-1]['reduction']
     pool_size = tuple(math.ceil(side / reduction) for side in model.pretrained_cfg['input_size'][1:])
     model.pretrained_cfg.update(
@@ -173,34 +183,44 @@ def _build(name: str, options: Mapping[str, Any]) -> Any:
 def _known_recipe(name: str, folder: Path) -> str | None:
     if name in list_recipes():
         return recipe_text(name, with_paths=False)
-    return (folder / RECIPE).read_text(encoding='utf-8') if (folder / RECIPE).is_file() else None
+    if not (folder / RECIPE).is_file():
+        return None
+    read_options(folder / RECIPE)
+    return read_text(folder / RECIPE)
 
 
-def _check_network(model: nn.Module, name: str, recipe: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def _check_network(
+    model: nn.Module, name: str, recipe: Mapping[str, Any], options: Mapping[str, Any], path: Path
+) -> None:
     """Refuse a network other than the recipe's."""
-    if hash_modules(_build(name, recipe)) != hash_modules(model):
+    if hash_modules(_build(name, recipe, path)) != hash_modules(model):
         of_run, of_recipe = (
             ', '.join(f'{argument}={value}' for argument, value in model_args_of(each).items())
             for each in (options, recipe)
         )
-        raise InputError(f'The checkpoint has {of_run}, but the recipe {name} has {of_recipe}: give another tag.')
+        where = f' in {path}' if path.is_file() else ''
+        raise InputError(
+            f'The checkpoint has {of_run}, but the recipe {name} has {of_recipe}{where}: give another tag.'
+        )
 
 
 def _load(model: nn.Module, checkpoint: Path, use_ema: bool) -> None:
-    read_checkpoint(checkpoint, use_ema)
     try:
         load_checkpoint(model, str(checkpoint), use_ema)
     except RuntimeError as error:
         raise InputError(
-            f'{checkpoint} does not fit the model in its {RECIPE}: {" ".join(str(error).split())}'
+            f'{checkpoint} does not fit the model in {checkpoint.with_name(RECIPE)}: {" ".join(str(error).split())}'
         ) from error
 
 
 def _labels(options: Mapping[str, Any], num_classes: int) -> Sequence[str]:
     """Name the classes in the order of the logits; empty if the options do not tell them."""
     if options.get('class_map'):
-        path = find_class_map(Path(options['class_map']).stem.removesuffix('_synsets'))
-        return Path(path).read_text(encoding='utf-8').split()
+        try:
+            path = find_class_map(Path(options['class_map']).stem.removesuffix('_synsets'))
+        except InputError:  # not one of ours
+            return []
+        return read_text(path).split()
     return ImageNetInfo().label_names() if num_classes == 1000 else []
 
 

@@ -8,6 +8,7 @@ import copy
 import difflib
 import itertools
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import yaml
 
 from ..class_lists import find_class_map
 from ..errors import InputError
+from ..fields import TRAINING_OPTIONS, check_fields, read_mapping
 
-__all__ = ['list_recipes', 'read_recipe', 'recipe_commands', 'recipe_text']
+__all__ = ['list_recipes', 'read_options', 'read_recipe', 'recipe_commands', 'recipe_text']
 
 NETWORKS = {
     'pp_resnet18': 'ResNet18',
@@ -174,6 +176,24 @@ def read_recipe(name: str) -> dict[str, Any]:
     if 'class_map' in recipe:
         recipe['class_map'] = find_class_map(recipe['class_map'])
     return recipe
+
+
+def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the ``args.yaml`` of a training or of a model.
+
+    Args:
+        path: Options of ``train.py``, in YAML.
+
+    Returns:
+        Options by name.
+
+    Raises:
+        ValueError: If the file is not YAML, or if an option that this package reads is missing or wrong.
+        OSError: If the file cannot be read.
+    """
+    options = read_mapping(path)
+    check_fields(path, options, TRAINING_OPTIONS)
+    return options
 
 
 def recipe_text(name: str, with_paths: bool = True) -> str:

@@ -1,11 +1,13 @@
 """Runs models on clean and corrupted images and writes their predictions to a results folder."""
 
+import contextlib
 import io
 import logging
 import math
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from timm.data import resolve_data_config
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, WorkerKilledError
 from ..files import atomic_write
 from .classes import check_labels, describe_targets, label_names, list_some
 from .corruptions import check_corruption, import_imagecorruptions
@@ -99,9 +101,10 @@ def evaluate_robustness(
     Raises:
         ModuleNotFoundError: If corruptions are to be generated and imagecorruptions-imaug is not installed.
         ValueError: If there is no model, or neither ``dataset`` nor ``stored``; if these two hold different images; if
-            a model does not fit RGB images or the classes by their number, names or order; if the images are those for
-            training in place of another split; if an image cannot be read; if the folder holds results of another
-            protocol; or if a corruption, a severity or the baseline does not exist.
+            a model does not fit RGB images, their size, or the number, names or order of the classes; if the images
+            are those for training in place of another split; if an image cannot be read; if the folder holds results
+            of another protocol; or if a corruption, a severity or the baseline does not exist.
+        WorkerKilledError: If the system kills a worker. Finished work is kept.
     """
     folder = Path(folder)
     if not models:
@@ -144,6 +147,9 @@ def evaluate_robustness(
     passes = [(CLEAN, 0)] if clean is not None else []
     passes += [(corruption, severity) for corruption in corruptions for severity in severities]
 
+    with _in_eval_mode(models, device):
+        for name, model in models.items():
+            _check_size(name, model, data_configs[name], torch.device(device), amp_dtype)
     plan: list[Any] = [None]
     if _rank() == 0:
         protocol = {
@@ -168,8 +174,7 @@ def evaluate_robustness(
         plan[0] = {key: names for key, names in unfinished.items() if names}
     if _world_size() > 1:
         dist.broadcast_object_list(plan)
-    modes = [(module, module.training) for model in models.values() for module in model.modules()]
-    try:
+    with _in_eval_mode(models, device), _worker_errors():
         _run(
             plan[0],
             models,
@@ -183,9 +188,6 @@ def evaluate_robustness(
             amp_dtype,
             progress,
         )
-    finally:
-        for module, training in modes:
-            module.training = training
 
     if _rank() > 0:
         return []
@@ -194,6 +196,49 @@ def evaluate_robustness(
     with lock(folder):
         write_errors(folder)
         return write_summary(folder, baseline)
+
+
+@contextlib.contextmanager
+def _in_eval_mode(models: Mapping[str, nn.Module], device: str | torch.device) -> Iterator[None]:
+    modes = [(module, module.training) for model in models.values() for module in model.modules()]
+    try:
+        for model in models.values():
+            model.to(device).eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _worker_errors() -> Iterator[None]:
+    """Say what to do where the system kills a worker, most often for lack of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.match(r'DataLoader worker \(pid', str(error)):
+            raise
+        raise WorkerKilledError(
+            f'A process that reads images was killed ({str(error).splitlines()[0].rstrip(".")}), most often because '
+            'memory ran out. Finished work is kept: repeat the command with fewer workers (--workers) or a smaller '
+            'batch (--batch-size).'
+        ) from error
+
+
+def _check_size(
+    name: str, model: nn.Module, data_config: Mapping[str, Any], device: torch.device, amp_dtype: torch.dtype | None
+) -> None:
+    """Refuse a size that a model does not take, such as another than its own for many vision transformers."""
+    size = data_config['input_size']
+    try:
+        _logits(model, torch.zeros(1, *size, dtype=torch.uint8, device=device), data_config, amp_dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(
+            f'{name} does not take images of {"x".join(map(str, size))}: {" ".join(str(error).split())} Give its own '
+            f'size (--input-size), or the model argument img_size={size[-1]} (--model-kwargs) if it has one.'
+        ) from error
 
 
 def _run(
@@ -210,8 +255,6 @@ def _run(
     progress: bool,
 ) -> None:
     """Run each pass (corruption and severity) of the plan with the models that lack it, and write its predictions."""
-    for model in models.values():
-        model.to(device).eval()
     # Processes share whole batches: the batches are then the same for any number of processes.
     starts = range(0, len(indices), batch_size)[_rank() :: _world_size()]
     batches = [[View(*key, index) for index in indices[start : start + batch_size]] for key in plan for start in starts]

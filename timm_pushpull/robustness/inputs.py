@@ -12,6 +12,7 @@ from timm.models import create_model, load_checkpoint
 from ..checkpoint import model_args_of, read_checkpoint, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
+from ..fields import TRAINING_OPTIONS, check_fields
 from ..layers.push_pull import PushPullConv2d
 from .classes import check_not_training
 
@@ -110,23 +111,28 @@ def load_model(
         OSError: If pretrained weights cannot be downloaded.
     """
     options = {} if checkpoint is None else read_checkpoint(checkpoint, use_ema)
-    if options.get('model', '').partition('.')[0] != name.partition('.')[0]:
+    if str(options.get('model')).partition('.')[0] != name.partition('.')[0]:
         options = {}  # those of another network
+    if checkpoint is not None and options:
+        check_fields(checkpoint, options, TRAINING_OPTIONS, 'args')
     if num_classes is not None:
         model_kwargs['num_classes'] = num_classes
-    with refused_by_timm(name):
+    source = f'{name} with {checkpoint}'
+    with refused_by_timm(source if options else name):
         model: Any = create_model(name, pretrained=checkpoint is None, **{**model_args_of(options), **model_kwargs})
-        if checkpoint is not None:
-            if options:
-                set_data_config(model, options)
-            drawn = _erase_drawn_alpha(model)
-            load_checkpoint(model, os.fspath(checkpoint), use_ema)
-            if any(alpha.isnan().any() for alpha in drawn):
-                raise InputError(
-                    f'checkpoint {checkpoint} holds no alpha, and {name} would keep a random one: give the model '
-                    'argument push_pull=False for a plain network, otherwise alpha.'
-                )
-            model.pretrained_cfg.pop('label_names', None)  # those of other weights
+        if options:
+            set_data_config(model, options)
+    if checkpoint is None:
+        return model
+    drawn = _erase_drawn_alpha(model)
+    with refused_by_timm(source):
+        load_checkpoint(model, os.fspath(checkpoint), use_ema)
+    if any(alpha.isnan().any() for alpha in drawn):
+        raise InputError(
+            f'checkpoint {checkpoint} holds no alpha, and {name} would keep a random one: give the model argument '
+            'push_pull=False for a plain network, otherwise alpha.'
+        )
+    model.pretrained_cfg.pop('label_names', None)  # those of other weights
     return model
 
 

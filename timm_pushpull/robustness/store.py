@@ -39,8 +39,9 @@ import numpy as np
 from filelock import FileLock
 
 from ..errors import InputError
+from ..fields import COUNT, FLAG, INTEGER, MAPPING, NUMBER, POSITIVE, SIZE, TEXT, check_fields, read_mapping
 from ..files import atomic_write
-from .metrics import CLEAN
+from .metrics import CLEAN, HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
 
 __all__ = [
     'PREDICTION',
@@ -96,12 +97,25 @@ def read_protocol(folder: str | os.PathLike[str]) -> dict[str, Any]:
         Content of the file.
 
     Raises:
-        ValueError: If the folder has no such file.
+        ValueError: If the folder has no such file, or if a field of it is missing or wrong.
     """
+    path = Path(folder) / 'protocol.json'
     try:
-        return json.loads((Path(folder) / 'protocol.json').read_text(encoding='utf-8'))
+        protocol = read_mapping(path)
     except FileNotFoundError:
         raise InputError(f'{folder} holds no results: there is no protocol.json.') from None
+    check_fields(path, protocol, dict.fromkeys(('corruptions', 'data', 'models'), MAPPING))
+    stored = 'stored_as' in protocol['corruptions']
+    source = {'stored_as': TEXT} if stored else {'generated_by': TEXT, 'seed': INTEGER}
+    check_fields(path, protocol['corruptions'], source, 'corruptions')
+    check_fields(path, protocol['data'], {'images': COUNT, 'classes': COUNT, 'imagenet_1k': FLAG}, 'data')
+    if not protocol['models']:
+        raise InputError(f'{path} must name at least one model.')
+    check_fields(path, protocol['models'], dict.fromkeys(protocol['models'], MAPPING), 'models')
+    view = {'input_size': SIZE, 'crop_pct': POSITIVE, 'interpolation': TEXT, 'param_count': NUMBER}
+    for name, details in protocol['models'].items():
+        check_fields(path, details, view, f'models.{name}')
+    return protocol
 
 
 def write_protocol(folder: str | os.PathLike[str], protocol: Mapping[str, Any]) -> None:
@@ -185,8 +199,19 @@ def read_images(folder: str | os.PathLike[str]) -> list[tuple[str, int]]:
 
     Returns:
         Name and class index of each image.
+
+    Raises:
+        ValueError: If the folder holds no results, or if the table is wrong or not of all its images.
     """
-    return [(row['image'], int(row['class'])) for row in read_csv(Path(folder) / 'images.csv')]
+    path, data = Path(folder) / 'images.csv', read_protocol(folder)['data']
+    rows = read_csv(path, 'image', 'class')
+    if len(rows) != data['images']:
+        raise InputError(f'{path} must have {data["images"]} rows, one for each image, got {len(rows)}.')
+    indices = {str(index): index for index in range(data['classes'])}
+    for number, row in enumerate(rows, 1):
+        if not row['image'] or row['class'] not in indices:
+            raise InputError(f'{path}, row {number}: must be an image and the index of its class, got {row}.')
+    return [(row['image'], indices[row['class']]) for row in rows]
 
 
 def read_classes(folder: str | os.PathLike[str]) -> list[str]:
@@ -197,8 +222,15 @@ def read_classes(folder: str | os.PathLike[str]) -> list[str]:
 
     Returns:
         Name of each class, '' where the dataset has none.
+
+    Raises:
+        ValueError: If the folder holds no results, or if the table is wrong or not of all its classes.
     """
-    return [row['name'] for row in read_csv(Path(folder) / 'classes.csv')]
+    path, classes = Path(folder) / 'classes.csv', read_protocol(folder)['data']['classes']
+    rows = read_csv(path, 'class', 'name')
+    if [row['class'] for row in rows] != [str(index) for index in range(classes)]:
+        raise InputError(f'{path} must have {classes} rows, one for each class, from 0 on.')
+    return [row['name'] for row in rows]
 
 
 def predictions_path(folder: str | os.PathLike[str], model: str, corruption: str, severity: int) -> Path:
@@ -241,15 +273,48 @@ def read_predictions(folder: str | os.PathLike[str]) -> dict[str, dict[tuple[str
         empty dictionary.
 
     Raises:
-        ValueError: If the folder holds no results.
+        ValueError: If the folder holds no results, or if a file is damaged or no file of these results.
     """
-    predictions: dict[str, dict[tuple[str, int], np.ndarray]] = {}
-    for name in read_protocol(folder)['models']:
-        predictions[name] = {}
-        for path in sorted(predictions_path(folder, name, CLEAN, 0).parent.glob('*.npy')):
-            corruption, severity = path.stem.rsplit('-', 1)
-            predictions[name][corruption, int(severity)] = np.load(path, allow_pickle=False)
-    return predictions
+    # Before the protocol: a run that joins writes the protocol first.
+    found = set((Path(folder) / 'predictions').glob('*/'))
+    protocol = read_protocol(folder)
+    folders = {name: predictions_path(folder, name, CLEAN, 0).parent for name in protocol['models']}
+    if unknown := sorted(found - set(folders.values())):
+        raise InputError(f'{Path(folder) / "protocol.json"} names no model with the predictions {unknown[0]}.')
+    return {
+        name: {
+            _pass_of(path, path.stem): _read_array(path, **protocol['data'])
+            for path in sorted(folders[name].glob('*.npy'))
+        }
+        for name in protocol['models']
+    }
+
+
+def _pass_of(path: Path, words: str) -> tuple[str, int]:
+    """Read the corruption and the severity in the name of a file."""
+    corruption, _, severity = words.rpartition('-')
+    severities = '0' if corruption == CLEAN else ' '.join(map(str, SEVERITIES))
+    if corruption not in (CLEAN, *TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS) or severity not in severities.split():
+        raise InputError(f'{path} is not named by a corruption and a severity: move it out of the results.')
+    return corruption, int(severity)
+
+
+def _read_array(path: Path, images: int, classes: int, **_: Any) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+        fits = array.dtype == PREDICTION and array.shape == (images,)
+    except (EOFError, OSError, ValueError):  # damaged
+        fits = False
+    if (
+        not fits
+        or (array['prediction'] >= classes).any()
+        or not np.isin(array['rank'], (*range(TOP + 1), UNREADABLE)).all()
+    ):
+        raise InputError(
+            f'{path} does not hold predictions of {images} images and {classes} classes: delete it, and repeat the '
+            'command that made it.'
+        )
+    return array
 
 
 def readable_ranks(predictions: np.ndarray) -> np.ndarray:
@@ -297,25 +362,45 @@ def find_examples(folder: str | os.PathLike[str]) -> list[Example]:
 
     Returns:
         Examples in no particular order.
+
+    Raises:
+        ValueError: If a file is no file of these results.
     """
     found = []
     for path in Path(folder).glob('examples/*.png'):
-        corruption, severity, row = path.stem.rsplit('-', 2)
-        found.append(Example(int(row), corruption, int(severity), path))
+        words, _, row = path.stem.rpartition('-')
+        if not row.isdecimal():
+            raise InputError(f'{path} is not named by the row of an image: move it out of the results.')
+        found.append(Example(int(row), *_pass_of(path, words), path))
     return found
 
 
-def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+def read_csv(path: str | os.PathLike[str], *columns: str) -> list[dict[str, str]]:
     """Read a table.
 
     Args:
         path: CSV file with a header.
+        *columns: Columns that it must have.
 
     Returns:
         Its rows.
+
+    Raises:
+        ValueError: If the file is not a table, lacks a column, or has a row with too few or too many cells.
+        OSError: If the file cannot be read.
     """
     with open(path, newline='', encoding='utf-8', errors='surrogateescape') as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        try:
+            header, rows = reader.fieldnames or [], list(reader)
+        except csv.Error as error:
+            raise InputError(f'{path} is not a table: {error}.') from error
+    if missing := [column for column in columns if column not in header]:
+        raise InputError(f'{path} must be a table with the column {missing[0]}, its columns are {", ".join(header)}.')
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise InputError(f'{path}, row {number}: must have {len(header)} cells.')
+    return rows
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@
   :func:`summarize` and :func:`read_summary` return such rows as dictionaries, by column.
 """
 
-import csv
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +59,7 @@ __all__ = [
 RESAMPLES = 1000
 FEWEST_ERRORS = 20  # of a baseline: a ratio to fewer errors depends on luck
 ENDS = ('_low', '_high')  # of an interval
+NEVER_EMPTY = ('model', 'img_size', 'param_count', 'crop_pct', 'interpolation', 'unreadable')
 TEXT_COLUMNS = ('model', 'interpolation', 'severities', 'baseline')
 
 
@@ -192,10 +193,23 @@ def read_baseline(folder: str | os.PathLike[str]) -> str | None:
 
     Returns:
         Name of the baseline, None if there is no baseline or no such file.
+
+    Raises:
+        ValueError: If the file is not such a table, or if the baseline is none of its models.
     """
     path = Path(folder) / 'summary.csv'
-    rows = read_csv(path) if path.exists() else []
-    return rows[0]['baseline'] or None if rows else None
+    return _baseline_in(path, read_csv(path, 'model', 'baseline')) if path.exists() else None
+
+
+def _baseline_in(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> str | None:
+    if not rows:
+        raise InputError(f'{path} has no rows: delete it, it is made again from the predictions.')
+    baseline = rows[0]['baseline'] or None
+    try:
+        check_baseline(baseline, [row['model'] for row in rows])
+    except InputError as error:
+        raise InputError(f'{path}: {error}') from None
+    return baseline
 
 
 def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -208,16 +222,24 @@ def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         Its rows, see :func:`summarize`.
 
     Raises:
-        ValueError: If the file is not such a table, or names a model twice.
+        ValueError: If the file is not such a table, if a cell is wrong, or if a model is named twice.
     """
-    try:
-        rows = [{name: _parse(name, text) for name, text in row.items()} for row in read_csv(path)]
-    except (AttributeError, ValueError, csv.Error):  # a row with too few or too many cells, no text, no table
-        rows = []
-    columns = {column for measure in measures_of(rows) for column in columns_of(measure)}
-    columns |= {*TEXT_COLUMNS, 'img_size', 'crop_pct', 'unreadable'}
-    if not rows or not columns <= rows[0].keys():
+    table = read_csv(path)
+    columns = {column for measure in measures_of(table) for column in columns_of(measure)}
+    columns |= {column.removesuffix(end) for end in ENDS for column in (table or [{}])[0] if column.endswith(end)}
+    columns |= {*TEXT_COLUMNS, *NEVER_EMPTY}
+    if not table or not columns <= table[0].keys():
         raise InputError(f'{path} is not a summary.csv of timm-pushpull robustness.')
+    rows = []
+    for number, row in enumerate(table, 1):
+        try:
+            rows.append({column: _parse(column, text) for column, text in row.items()})
+        except ValueError as error:
+            raise InputError(f'{path}, row {number}: {error}') from None
+        for measure, low, high in map(columns_of, measures_of(table)):
+            if row[measure] == '' != row[low] + row[high]:
+                raise InputError(f'{path}, row {number}: {measure} must be a number, its interval is given.')
+    _baseline_in(path, rows)
     models = [row['model'] for row in rows]
     if twice := next((model for model in models if models.count(model) > 1), None):
         raise InputError(f'{path} names {twice} twice: delete or rename one of its rows.')
@@ -225,9 +247,17 @@ def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _parse(column: str, text: str) -> Any:
+    if text == '' and column in NEVER_EMPTY:
+        raise ValueError(f'{column} must not be empty.')
     if column in TEXT_COLUMNS or text == '':
         return text
-    return int(text) if text.isdecimal() else float(text)
+    try:
+        number = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f'{column} must be a number, got {text!r}.')
+    return number
 
 
 def summarize(
