@@ -15,6 +15,7 @@ from .errors import InputError
 __all__ = [
     'CHANNELS',
     'COUNT',
+    'CROP_MODE',
     'FLAG',
     'INTEGER',
     'INTERPOLATION',
@@ -22,12 +23,10 @@ __all__ = [
     'NUMBER',
     'POSITIVE',
     'SIZE',
-    'STRING',
     'TEXT',
     'TRAINING_OPTIONS',
     'Kind',
     'check_fields',
-    'is_number',
     'optional',
     'read_mapping',
     'read_text',
@@ -42,8 +41,7 @@ class Kind(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-def is_number(value: Any, types: Any = (int, float)) -> bool:
-    """Tell whether a value is a finite number; True and False are none."""
+def _is_number(value: Any, types: Any = (int, float)) -> bool:
     return isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -51,16 +49,17 @@ def _all_fit(value: Any, kind: Kind) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(kind.fits, value))
 
 
-STRING = Kind('a text', lambda value: isinstance(value, str))
-TEXT = Kind('a text that is not empty', lambda value: isinstance(value, str) and value.strip() != '')
+TEXT = Kind('a text', lambda value: isinstance(value, str) and value.strip() != '')
 FLAG = Kind('true or false', lambda value: isinstance(value, bool))
-INTEGER = Kind('an integer', lambda value: is_number(value, int))
-COUNT = Kind('a positive integer', lambda value: is_number(value, int) and value > 0)
-NUMBER = Kind('a number', is_number)
-POSITIVE = Kind('a positive number', lambda value: is_number(value) and value > 0)
+INTEGER = Kind('an integer', lambda value: _is_number(value, int))
+COUNT = Kind('a positive integer', lambda value: _is_number(value, int) and value > 0)
+NUMBER = Kind('a number', _is_number)
+POSITIVE = Kind('a positive number', lambda value: _is_number(value) and value > 0)
 SIZE = Kind('channels, height and width', lambda value: _all_fit(value, COUNT) and len(value) == 3)
 CHANNELS = Kind('a number for each channel', lambda value: _all_fit(value, NUMBER))
 MAPPING = Kind('fields by name', lambda value: isinstance(value, dict))
+CROP_MODES = ('center', 'squash', 'border')
+CROP_MODE = Kind(f'one of {", ".join(CROP_MODES)}', lambda value: value in CROP_MODES)
 PIL_FILTERS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 INTERPOLATION = Kind(f'one of {", ".join(PIL_FILTERS)}', lambda value: value in PIL_FILTERS)
 

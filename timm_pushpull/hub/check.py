@@ -8,11 +8,12 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import resolve_data_config
 from timm.models import create_model
 from yaml import YAMLError
 
 from ..errors import InputError
-from ..fields import CHANNELS, COUNT, INTERPOLATION, POSITIVE, SIZE, TEXT, check_fields
+from ..fields import CHANNELS, COUNT, CROP_MODE, INTERPOLATION, POSITIVE, SIZE, TEXT, check_fields
 from ..layers.settings import is_settings
 from .recipes import read_options
 from .registry import CARD, CHECKSUM, CONFIG, RECIPE, read_hub_model
@@ -24,6 +25,7 @@ PRETRAINED_CFG = {
     'input_size': SIZE,
     'interpolation': INTERPOLATION,
     'crop_pct': POSITIVE,
+    'crop_mode': CROP_MODE,
     'mean': CHANNELS,
     'std': CHANNELS,
     'num_classes': COUNT,
@@ -76,8 +78,11 @@ def check_folder(folder: str | os.PathLike[str]) -> str:
         return f'sound, without the weights of SHA-256 {sha256}'
     _check_weights(folder, sha256, model)
     try:
+        config = resolve_data_config({}, model=model)
+        images = torch.rand(2, *config['input_size'], generator=torch.Generator().manual_seed(0))
+        mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
         with torch.inference_mode():
-            logits = model(torch.randn(2, *cfg['input_size'], generator=torch.Generator().manual_seed(0)))
+            logits = model((images - mean) / std)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f'{folder / CONFIG} describes a model that does not run: {error}') from error
     if logits.shape != (2, model.num_classes):
@@ -105,12 +110,13 @@ def _check_weights(folder: Path, sha256: str, model: torch.nn.Module) -> None:
     for key in sorted(given.keys() | expected.keys()):
         if given.get(key) != expected.get(key):
             raise InputError(
-                f'{path} does not fit: {key} has shape {given.get(key)}, in the model {expected.get(key)}.'
+                f'{path} does not fit {folder / CONFIG}: {key} has shape {given.get(key)}, '
+                f'in the model {expected.get(key)}.'
             )
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # other settings
-        raise InputError(f'{path} does not fit: {" ".join(str(error).split())}') from error
+        raise InputError(f'{path} does not fit {folder / CONFIG}: {" ".join(str(error).split())}') from error
 
 
 def _check_card(folder: Path) -> None:

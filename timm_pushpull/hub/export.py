@@ -87,8 +87,8 @@ def export_checkpoint(
     if not all(tensor.isfinite().all() for tensor in rounded.state_dict().values()):
         raise InputError(f'dtype must hold all weights, some are not finite in {dtype}: take bfloat16.')
 
-    labels = of_training = _labels(options, model.num_classes)
-    evaluation = rounding = None
+    labels, evaluation, rounding = _labels(options, model.num_classes), None, None
+    of_training = labels if options.get('class_map') else []
     images = None if dataset is None else DatasetImages(dataset)
     if images is not None:
         labels = images.classes
@@ -161,7 +161,7 @@ def _read_options(checkpoint: Path, name: str, use_ema: bool) -> dict[str, Any]:
     # train.py writes the number of classes into the checkpoint's options after it has written the file.
     shared = TRAINING_OPTIONS.keys() - {'num_classes'}
     for key, value in read_checkpoint(checkpoint, use_ema).items():
-        if key in shared and (value or None) != (options.get(key) or None):
+        if key in shared and (yaml.safe_load(yaml.safe_dump(value)) or None) != (options.get(key) or None):
             raise InputError(f'{path} says {key}: {options.get(key)}, but its {checkpoint.name} says {value}.')
     return options
 

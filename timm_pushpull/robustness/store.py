@@ -366,10 +366,10 @@ def find_examples(folder: str | os.PathLike[str]) -> list[Example]:
     Raises:
         ValueError: If a file is no file of these results.
     """
-    found = []
+    found, images = [], read_protocol(folder)['data']['images']
     for path in Path(folder).glob('examples/*.png'):
         words, _, row = path.stem.rpartition('-')
-        if not row.isdecimal():
+        if not row.isdecimal() or int(row) >= images:
             raise InputError(f'{path} is not named by the row of an image: move it out of the results.')
         found.append(Example(int(row), *_pass_of(path, words), path))
     return found
