@@ -323,7 +323,7 @@ def test_cells_of_a_table(format, written, tmp_path):
 def test_arrays_of_predictions(written, tmp_path):
     whole = np.load(written[write_folder] / 'predictions' / 'a' / 'fog-3.npy')
     rank, prediction = whole.copy(), whole.copy()
-    rank['rank'][3], prediction['prediction'][3] = 6, 2
+    rank['rank'][3], prediction['prediction'][9] = 6, 2
     spoiled = []
     arrays = dict(
         short=whole[:9],
