@@ -7,7 +7,7 @@ from PIL import Image
 from timm.data import resolve_data_config
 
 from timm_pushpull import load_model, open_dataset
-from timm_pushpull.models.pushpull_resnet import HUB_MODELS
+from timm_pushpull.models.pretrained import HUB_MODELS
 from timm_pushpull.robustness.classes import label_names
 from timm_pushpull.robustness.inputs import load_models
 
