@@ -99,8 +99,8 @@ def test_a_network_without_weights():
 @pytest.mark.parametrize(
     'name, words',
     [
-        ('pp_resnet50.pp3_prime_in1k', 'into pp_resnet50 with num_classes=1000, avg_pool_size=3, input_size='),
-        ('pp_resnet18.baseline_contrastnorm_r64_imagenette', 'num_classes=10, push_pull=False, contrast_norm=True, '),
+        ('pp_resnet50.pp3_prime_in1k', 'into pp_resnet50 with avg_pool_size=3, num_classes=1000, input_size='),
+        ('pp_resnet18.baseline_contrastnorm_r64_imagenette', 'push_pull=False, contrast_norm=True, num_classes=10, '),
         ('pp_resnet18_cifar.pp3_c10', 'input_size=[3, 32, 32], crop_pct=1.0'),
         (
             'pp_resnet18.pp3_typo',

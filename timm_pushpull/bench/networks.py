@@ -51,7 +51,8 @@ def bench_networks(
             raise InputError(f'{argument} must be at least 1, got {value}.')
     for name in networks:
         if not is_model(f'pp_{name}'):
-            known = ', '.join(known.removeprefix('pp_') for known in list_models('pp_*', exclude_filters='*_cifar'))
+            resnets = list_models(module='pushpull_resnet', exclude_filters='*_cifar')
+            known = ', '.join(resnet.removeprefix('pp_') for resnet in resnets)
             raise InputError(f'networks must be among {known}, got {name}.')
     check_device(device)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)

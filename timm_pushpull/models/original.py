@@ -169,7 +169,8 @@ def convert_original_checkpoint(path: str, folder: str) -> OriginalCheckpoint:
     checkpoint = read_original_checkpoint(path)
     if not is_model(checkpoint.architecture):
         raise InputError(
-            f'{path} holds a {checkpoint.architecture}, which is not one of {", ".join(list_models("pp_*"))}.'
+            f'{path} holds a {checkpoint.architecture}, which is not one of '
+            f'{", ".join(list_models(module="pushpull_resnet"))}.'
         )
     model = create_model(
         checkpoint.architecture, pretrained_cfg_overlay=checkpoint.pretrained_cfg, **checkpoint.model_args

@@ -4,11 +4,13 @@ No network here has ImageNet weights of its own. So each tag of timm's plain net
 under a push-pull stem are a start for fine-tuning.
 """
 
+import dataclasses
 import logging
+import sys
 from typing import Any
 
 import torch
-from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
+from timm.models import PretrainedCfg, is_model, model_entrypoint
 
 from ..hub.registry import HubModel, find_weights, hub_configs, read_hub_models
 from ..hub.weights import fetch_weights
@@ -43,9 +45,14 @@ def plain_cfgs(network: str, plain: str) -> dict[str, PretrainedCfg | dict[str, 
     """
     if not is_model(plain):
         return {}
-    default: Any = get_pretrained_cfg(plain)
-    cfgs = get_arch_pretrained_cfgs(plain).values()
-    return {f'{network}.{cfg.tag or ""}{"*" if cfg.tag == default.tag else ""}': cfg for cfg in cfgs}
+    # timm's own table: the functions that timm offers copy each entry deeply, which costs the import of timm 20 ms.
+    default_cfg = sys.modules[model_entrypoint(plain).__module__].default_cfgs[plain]
+    cfgs: dict[str, PretrainedCfg | dict[str, Any]] = {}
+    for tag in default_cfg.tags:  # the first is the default
+        cfg = default_cfg.cfgs[tag]
+        hub_id = f'timm/{plain}.{tag}' if cfg.hf_hub_id == 'timm/' else cfg.hf_hub_id
+        cfgs[f'{network}.{tag}{"" if cfgs else "*"}'] = dataclasses.replace(cfg, hf_hub_id=hub_id)
+    return cfgs
 
 
 def _weights_without_network() -> list[str]:

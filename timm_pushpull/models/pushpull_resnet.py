@@ -22,7 +22,6 @@ from ..augment.in_model import augment_in_training
 from ..augment.prime import PRIME
 from ..checkpoint import model_args_of
 from ..errors import InputError
-from ..hub.recipes import list_recipes, read_recipe
 from ..hub.registry import PAPER
 from ..layers.contrast_norm import add_contrast_norm
 from ..layers.push_pull import PushPullConv2d
@@ -270,6 +269,8 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
 
 
 def _no_such_tag(variant: str, tag: str) -> str:
+    from ..hub.recipes import list_recipes, read_recipe  # not at the top: the import of timm has no need of them
+
     name = f'{variant}.{tag}'
     if name not in list_recipes():
         known = ', '.join(tag for tag in default_cfgs[variant].tags if tag)
