@@ -49,6 +49,32 @@ def test_models_are_registered_silently(first):
     assert result.stderr == ''
 
 
+@pytest.mark.slow
+def test_any_module_may_be_imported_first():
+    """The import of timm, under way in one of our modules, imports our networks: no module may be half imported."""
+    assert_runs(
+        """
+        import os, pkgutil, torch, timm_pushpull, warnings
+        warnings.simplefilter('error', UserWarning)
+        names = []
+        for package in ('augment', 'hub', 'layers', 'models', 'ops', 'robustness'):
+            folder = os.path.join(timm_pushpull.__path__[0], package)
+            names += [f'timm_pushpull.{package}.{each.name}' for each in pkgutil.iter_modules([folder])]
+        for name in names:
+            if os.fork() == 0:
+                try:
+                    __import__(name)
+                    import timm
+                    assert len(timm.list_models('pp_*')) == 40
+                    os._exit(0)
+                except BaseException as error:
+                    print(name, error, flush=True)
+                    os._exit(1)
+            assert os.wait()[1] == 0, name
+        """
+    )
+
+
 @pytest.mark.parametrize('first', ['import timm_pushpull', 'import timm, timm_pushpull'])
 def test_switched_off_it_needs_its_own_import(first):
     assert_runs(f'{first}\n{EXPECT_MODELS}', TORCH_DEVICE_BACKEND_AUTOLOAD='0')

@@ -31,7 +31,15 @@ NOTE = (
     "scikit-learn's handwritten digits at 32x32: 1,437 for training, 120 for testing. One seed on small digits shows "
     'that everything works, not which network is better.'
 )
-DIGITS = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, interpolation='bilinear')
+DIGITS = dict(
+    input_size=(3, 32, 32),
+    test_input_size=None,
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+    crop_pct=1.0,
+    test_crop_pct=None,
+    interpolation='bilinear',
+)
 
 
 class DemoResult(NamedTuple):

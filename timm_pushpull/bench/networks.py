@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.models import create_model, is_model, list_models
+from timm.models import create_model, list_models
 from torch import Tensor
 
 from ..errors import InputError
@@ -49,11 +49,10 @@ def bench_networks(
     for argument, value in (('batch_size', batch_size), ('img_size', img_size), ('rounds', rounds)):
         if value < 1:
             raise InputError(f'{argument} must be at least 1, got {value}.')
+    resnets = [name.removeprefix('pp_') for name in list_models(module='pushpull_resnet', exclude_filters='*_cifar')]
     for name in networks:
-        if not is_model(f'pp_{name}'):
-            resnets = list_models(module='pushpull_resnet', exclude_filters='*_cifar')
-            known = ', '.join(resnet.removeprefix('pp_') for resnet in resnets)
-            raise InputError(f'networks must be among {known}, got {name}.')
+        if name not in resnets:
+            raise InputError(f'networks must be among {", ".join(resnets)}, got {name}.')
     check_device(device)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     for name in networks:

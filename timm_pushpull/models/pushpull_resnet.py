@@ -20,7 +20,6 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..augment.in_model import augment_in_training
 from ..augment.prime import PRIME
-from ..checkpoint import model_args_of
 from ..errors import InputError
 from ..hub.registry import PAPER
 from ..layers.contrast_norm import add_contrast_norm
@@ -269,7 +268,9 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
 
 
 def _no_such_tag(variant: str, tag: str) -> str:
-    from ..hub.recipes import list_recipes, read_recipe  # not at the top: the import of timm has no need of them
+    # Not at the top: the import of timm has no need of them.
+    from ..checkpoint import model_args_of
+    from ..hub.recipes import list_recipes, read_recipe
 
     name = f'{variant}.{tag}'
     if name not in list_recipes():
