@@ -116,8 +116,7 @@ def test_augment():
 @pytest.mark.parametrize(
     'arguments, words',
     [
-        (dict(), "base must be a plain network of timm, such as convnext_tiny.fb_in1k, got ''"),
-        (dict(base='nowhere'), "got 'nowhere'"),
+        (dict(base='nowhere'), "base must be a plain network of timm, such as convnext_tiny.fb_in1k, got 'nowhere'"),
         (dict(base=50), 'got 50'),
         (dict(base='pp_resnet18'), "got 'pp_resnet18'"),
         (dict(base='csatv2'), 'csatv2 cannot be converted: timm names no first convolution'),

@@ -204,6 +204,9 @@ for _network in NETWORKS:
 
 
 @register_model
-def pp_any(pretrained: bool = False, base: str = '', **kwargs: Any) -> nn.Module:
-    """Constructs a network of timm, its ``base``, with a push-pull unit as its first convolution."""
+def pp_any(pretrained: bool = False, base: str = 'resnet50', **kwargs: Any) -> nn.Module:
+    """Constructs a network of timm, its ``base``, with a push-pull unit as its first convolution.
+
+    It has a default, because programs create each network that ``timm.list_models`` names.
+    """
     return create_push_pull('pp_any', base, pretrained, **kwargs)
