@@ -6,9 +6,10 @@ import pytest
 import torchvision
 from PIL import Image
 from timm.data import create_dataset
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from timm_pushpull.class_lists import find_class_map
+from timm_pushpull.errors import InputError
 from timm_pushpull.robustness.data import DatasetImages, UnreadableImage, open_stored
 
 WNIDS = ['n01440764', 'n02102040', 'n02979186']
@@ -67,9 +68,47 @@ def test_torchvision(tmp_path):
 def test_hugging_face_datasets(tmp_path):
     pytest.importorskip('datasets')
     root = write_images(tmp_path / 'data' / 'test', shade).parent
-    dataset = create_dataset(f'hfds/{root}', root=str(tmp_path / 'cache'), split='test')
-    images = DatasetImages(dataset)
+    options = dict(name=f'hfds/{root}', root=str(tmp_path / 'cache'), split='test')
+    images = DatasetImages(create_dataset(**options))
     assert (images.targets, images.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shades(images) == SHADES
+    for class_map in ({2: 0, 0: 1, 1: 2}, {'n02979186': 0, 'n01440764': 1, 'n02102040': 2}):
+        dataset = create_dataset(**options, class_map=class_map)
+        try:
+            dataset.reader[0]
+        except KeyError:  # timm before 1.0.31 maps numbers alone
+            continue
+        images = DatasetImages(dataset)
+        assert (images.targets, images.classes) == ([1, 1, 2, 2, 0, 0], [*map(str, class_map)])
+
+
+class InMemory(Dataset):
+    """Images and their classes without files, names of classes or a reader."""
+
+    def __init__(self, *targets, **attributes):
+        self.samples = [(Image.new('L', (40, 36), target), target) for target in targets]
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+@pytest.mark.parametrize('attributes', [{}, {'targets': None}, {'targets': [[0, 1], [4, 1], [1, 0]]}])
+def test_classes_that_only_the_items_tell(attributes):
+    images = DatasetImages(InMemory(1, 4, 0, **attributes))
+    assert (images.targets, images.classes, images.names) == ([1, 4, 0], [''] * 5, ['0', '1', '2'])
+    assert shades(images) == [(1,) * 3, (4,) * 3, (0,) * 3]
+    assert images.notes == ['Classes without images: 2 of 5 (class 2, class 3).']
+
+
+def test_images_are_not_decoded_for_their_classes():
+    class Slow(InMemory):
+        def __getitem__(self, index):
+            raise AssertionError
+
+    assert DatasetImages(Slow(0, 0, 0, targets=np.array([2, 0, 1]))).targets == [2, 0, 1]
 
 
 def test_streams_are_refused():
@@ -123,11 +162,39 @@ def test_wrong_stored_arrays_are_refused(arrays):
         open_stored(arrays, ['fog', 'contrast'], [1])
     with pytest.raises(ValueError, match='class_map selects folders'):
         open_stored(arrays, ['fog'], [1], 'list.txt')
-    np.save(arrays / 'fog.npy', np.zeros((19, 32, 32, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    'array',
+    [
+        np.zeros((19, 32, 32, 3), np.uint8),
+        np.zeros((20, 32, 32, 4), np.uint8),
+        np.zeros((20, 32, 32), np.uint8),
+        np.zeros((20, 32, 32, 3), np.float32),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(array, arrays):
+    np.save(arrays / 'fog.npy', array)
     with pytest.raises(ValueError, match='fog.npy must hold 20 RGB images of 8 bits'):
         open_stored(arrays, ['fog'], [1])
-    np.save(arrays / 'labels.npy', np.arange(20))
+
+
+@pytest.mark.parametrize('labels', [np.arange(20), np.zeros(19, int), np.zeros((20, 1), int)])
+def test_labels_that_differ_between_the_severities_are_refused(labels, arrays):
+    np.save(arrays / 'labels.npy', labels)
     with pytest.raises(ValueError, match='labels.npy must hold the same classes five times'):
+        open_stored(arrays, ['fog'], [1])
+
+
+@pytest.mark.parametrize('name', ['labels', 'fog'])
+@pytest.mark.parametrize('damage', ['empty', 'text', 'half', 'pickle'])
+def test_a_damaged_array_is_named(damage, name, arrays):
+    path = arrays / f'{name}.npy'
+    if damage == 'pickle':
+        np.save(path, np.load(path).astype(object))
+    else:
+        path.write_bytes({'empty': b'', 'text': b'not an array', 'half': path.read_bytes()[:-9]}[damage])
+    with pytest.raises(InputError, match=f'{path} is damaged, or holds no array of numbers'):
         open_stored(arrays, ['fog'], [1])
 
 
@@ -154,7 +221,7 @@ def test_find_class_map(tmp_path):
 def test_16_bit_grey_images_keep_their_values(tmp_path, kind):
     folder = tmp_path / 'fog' / '1' / 'a'
     folder.mkdir(parents=True)
-    values = np.array([[0, 257, 25_700, 65_535]] * 4, np.uint16)
+    values = np.array([[0, 300, 25_600, 65_535]] * 4, np.uint16)
     Image.fromarray(values).save(folder / 'grey.png')
     if kind == 'stored':
         image = open_stored(tmp_path, ['fog'], [1]).image('fog', 1, 0)

@@ -287,7 +287,7 @@ def test_names_of_files_may_be_any_bytes(data, tmp_path):
 def test_stratified_indices():
     targets = [0, 0, 0, 1, 1, 2]
     assert stratified_indices(targets) == [0, 1, 2, 3, 4, 5]
-    assert stratified_indices(targets, 3) == [0, 3, 5]
+    assert stratified_indices(targets, 1) == [0] and stratified_indices(targets, 3) == [0, 3, 5]
     assert stratified_indices(targets, 5) == [0, 1, 3, 4, 5]
     assert stratified_indices(targets, 9) == [0, 1, 2, 3, 4, 5]
     with pytest.raises(ValueError, match='limit must be at least 1, got 0'):

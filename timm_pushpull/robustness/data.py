@@ -94,10 +94,9 @@ class DatasetImages:
         samples, targets = getattr(self._reader, 'samples', None), getattr(self._reader, 'targets', None)
         if targets is None and samples is not None:
             targets = [target for _, target in samples]
-        if targets is None and hasattr(self._reader, 'label_key'):  # hfds/: without decoding the images
+        # hfds/: without reading the images; a class map may be by names or by numbers, which timm tells apart.
+        if targets is None and hasattr(self._reader, 'label_key') and not self._reader.remap_class:
             targets = list(self._reader.dataset[self._reader.label_key])
-            if self._reader.remap_class:
-                targets = [self._reader.class_to_idx[target] for target in targets]
         if targets is None and self._reader is None:
             targets = getattr(self._dataset, 'targets', None)
         if targets is None or np.ndim(targets) != 1:
@@ -201,7 +200,7 @@ class StoredArrays:
         notes: Empty: nothing is left out.
 
     Raises:
-        ValueError: If an array is missing, or has another shape or data type.
+        ValueError: If an array is missing or damaged, or has another shape or data type.
     """
 
     layout = 'corruption.npy'
@@ -212,7 +211,7 @@ class StoredArrays:
         missing = [f'{name}.npy' for name in corruptions if not self._path(name).is_file()]
         if missing:
             raise InputError(f'{folder} lacks {", ".join(missing)}: name corruptions that it has.')
-        labels = np.load(self._path('labels'), allow_pickle=False)
+        labels = self._array('labels')
         if labels.ndim != 1 or len(labels) % 5 or (labels.reshape(5, -1) != labels[: len(labels) // 5]).any():
             raise InputError(f'{self._path("labels")} must hold the same classes five times, once for each severity.')
         for name in corruptions:
@@ -244,7 +243,10 @@ class StoredArrays:
         return self._folder / f'{name}.npy'
 
     def _array(self, name: str) -> np.ndarray:
-        return np.load(self._path(name), mmap_mode='r', allow_pickle=False)
+        try:
+            return np.load(self._path(name), mmap_mode='r', allow_pickle=False)
+        except (EOFError, ValueError) as error:
+            raise InputError(f'{self._path(name)} is damaged, or holds no array of numbers.') from error
 
 
 def open_stored(
