@@ -63,6 +63,11 @@ for name in {names[::-1]}:
         assert np.array_equal(Image.open(tmp_path / f'{name}.png'), corrupt(gradients(), name, 5, index=3)), name
 
 
+@pytest.mark.parametrize('corruption', sorted({*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS} - {'glass_blur'}))
+def test_images_of_32_pixels(corruption):
+    assert corrupt(gradients(32, 32), corruption, 5, index=0).size == (32, 32)
+
+
 def test_the_state_of_numpys_generator_is_kept():
     np.random.seed(5)
     expected = np.random.random(3)
@@ -83,6 +88,7 @@ def test_noise_grows_with_severity():
     'corruption, severity, size, message',
     [
         ('gausian_noise', 1, 40, "got 'gausian_noise'; the nearest is 'gaussian_noise'"),
+        ('xyz', 1, 40, "got 'xyz'; the nearest is '"),
         ('fog', 6, 40, 'severity must be an integer from 1 to 5, got 6'),
         ('fog', 1, 31, 'image must be at least 32 pixels on each side, got 48x31'),
     ],
@@ -94,5 +100,6 @@ def test_bad_arguments_are_refused(corruption, severity, size, message):
 
 def test_without_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'imagecorruptions', None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'timm-pushpull\[corruptions\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'timm-pushpull\[corruptions\]'") as error:
         corrupt(gradients(), 'fog', 1, index=0)
+    assert error.value.name == 'imagecorruptions'
