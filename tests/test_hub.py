@@ -1,5 +1,6 @@
 """Models with weights: their registration, and `pretrained=True` with huggingface_hub's client and a local Hub."""
 
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,8 @@ from hub_server import TOKEN
 from safetensors.torch import load_file, save
 
 from timm_pushpull.hub.recipes import list_recipes, read_recipe
-from timm_pushpull.hub.registry import CHECKSUM, HUB_ORG, read_hub_models
-from timm_pushpull.hub.weights import WEIGHTS, file_sha256
+from timm_pushpull.hub.registry import CHECKSUM, HUB_ORG, model_folders, read_hub_models
+from timm_pushpull.hub.weights import WEIGHTS, fetch_weights, file_sha256
 from timm_pushpull.models.pretrained import HUB_MODELS
 
 NAME = 'pp_resnet18.pp3_r64_imagenette'
@@ -219,6 +221,14 @@ def test_what_is_no_folder_of_a_model_is_skipped(configs, recwarn):
     assert read_hub_models(configs / 'nowhere') == {}
 
 
+def test_models_are_in_the_order_of_their_names(tmp_path):
+    names = [f'pp_{letter}.tag' for letter in 'kdzqambx']
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').touch()
+    assert [folder.name for folder in model_folders(tmp_path)] == sorted(names)
+
+
 # Downloads
 
 
@@ -265,6 +275,41 @@ def test_names_of_places(published, local, images, tmp_path):
     assert not (tmp_path / 'cache').exists() and blobs(tmp_path / 'elsewhere')
     model = timm.create_model(NAME, pretrained=True, cache_dir=tmp_path / 'third').eval()
     assert torch.equal(model(images), local(images)) and blobs(tmp_path / 'third')
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """Return a function that turns the Hub off: the client finds nobody at its address."""
+    from huggingface_hub import constants
+
+    def turn_off(hub):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            address = f'http://127.0.0.1:{free.getsockname()[1]}'
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template.replace(hub.url, address))
+
+    return turn_off
+
+
+@pytest.mark.parametrize('has_checksum', [True, False])
+def test_a_revision_in_a_cache_folder_of_its_own(has_checksum, hub, tmp_path, nowhere):
+    (tmp_path / 'repository').mkdir()
+    file = tmp_path / 'repository' / WEIGHTS
+    for content in (b'first', b'second'):
+        file.write_bytes(content)
+        repository = hub.host('someone/net', tmp_path / 'repository')
+        repository.tags[content.decode()] = repository.branch
+    sha256 = hashlib.sha256(b'first').hexdigest() if has_checksum else None
+    fetch = partial(fetch_weights, 'someone/net@first', None, sha256, tmp_path / 'folder')
+    path = Path(fetch())
+    assert path.read_bytes() == b'first' and path.is_relative_to(tmp_path / 'folder')
+    assert {path for _, path in hub.requests} == {f'/someone/net/resolve/first/{WEIGHTS}'}
+    hub.requests.clear()
+    assert fetch() == str(path) and len(hub.downloads()) == 0
+    assert has_checksum == (hub.requests == [])  # without a checksum the Hub is asked for its own
+    nowhere(hub)
+    assert fetch() == str(path)
 
 
 def test_adapted_as_timm_does(published, local, images):
@@ -319,14 +364,11 @@ def impatient(monkeypatch):
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
 
 
-def test_a_server_that_is_down(published, local, images, impatient, monkeypatch):
+def test_a_server_that_is_down(published, local, images, impatient, nowhere, monkeypatch):
     from huggingface_hub import constants
 
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        nowhere = f'http://127.0.0.1:{free.getsockname()[1]}'
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template.replace(published.url, nowhere))
+    nowhere(published)
     refused(REPO_ID, 'cannot be reached, and the cache does not have them')
     monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
     assert works(local, images)

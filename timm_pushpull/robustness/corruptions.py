@@ -34,7 +34,7 @@ def check_corruption(corruption: str, severity: int) -> None:
     """
     names = (*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS)
     if corruption not in names:
-        near = difflib.get_close_matches(corruption, names, n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(corruption, names, cutoff=0)[0]
         raise InputError(f'corruption must be one of {", ".join(names)}, got {corruption!r}; the nearest is {near!r}.')
     if severity not in SEVERITIES:
         raise InputError(f'severity must be an integer from 1 to 5, got {severity}.')
