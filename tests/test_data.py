@@ -213,7 +213,7 @@ def test_find_class_map(tmp_path):
     (tmp_path / 'map.txt').write_text('a')
     assert find_class_map('') == ''
     assert find_class_map('map.txt', str(tmp_path)) == find_class_map(str(tmp_path / 'map.txt'))
-    with pytest.raises(ValueError, match="one of imagenet_100, imagenet_200, got 'imagenet_300'"):
+    with pytest.raises(ValueError, match="one of imagenet_100, imagenet_200, imagenet_1000, got 'imagenet_300'"):
         find_class_map('imagenet_300')
 
 

@@ -52,7 +52,7 @@ def test_a_missing_dataset_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f'data_dir must be a folder of images, {data_dir} is not one'):
             open_dataset(data_dir)
     with pytest.raises(
-        ValueError, match='class_map must be a file of class names or one of imagenet_100, imagenet_200'
+        ValueError, match='class_map must be a file of class names or one of imagenet_100, imagenet_200, imagenet_1000'
     ):
         open_dataset(tmp_path, class_map='missing')
     with pytest.raises(ValueError, match=f'images in {tmp_path}: Found 0 images'):

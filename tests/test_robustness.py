@@ -345,7 +345,10 @@ def test_command(data, tmp_path, capsys):
         (['--split', 'tset'], 'split must be a folder in data_dir, there is no tset in '),
         (['--model-kwargs', 'alpha=2'], "test_resnet: ResNet.__init__() got an unexpected keyword argument 'alpha'"),
         (['--data-dir', 'missing'], 'data_dir must be a folder of images, missing is not one'),
-        (['--class-map', 'missing'], 'class_map must be a file of class names or one of imagenet_100, imagenet_200'),
+        (
+            ['--class-map', 'missing'],
+            'class_map must be a file of class names or one of imagenet_100, imagenet_200, imagenet_1000',
+        ),
         (['--class-map', 'imagenet_100'], 'Found 0 images'),
         (['--stored', 'missing'], 'stored must be a folder of corruptions, missing is not one'),
         (['--stored', '.'], 'lacks fog: name corruptions'),

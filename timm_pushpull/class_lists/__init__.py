@@ -1,4 +1,4 @@
-"""Lists of ImageNet classes: the subsets of 100 and of 200 classes in the push-pull paper."""
+"""Lists of ImageNet classes: all 1,000, and the subsets of 100 and of 200 classes in the push-pull paper."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,8 @@ def find_class_map(name: str, folder: str = '') -> str:
 
     Args:
         name: Path of a file, as timm's ``--class-map`` takes it, relative to the working directory or to ``folder``;
-            or the name of a list of this package, ``imagenet_100`` or ``imagenet_200``; or '' for no file.
+            or the name of a list of this package, ``imagenet_100``, ``imagenet_200`` or ``imagenet_1000``; or '' for no
+            file.
         folder: Folder of the dataset.
 
     Returns:
@@ -30,7 +31,8 @@ def find_class_map(name: str, folder: str = '') -> str:
         if os.path.isfile(path):
             _check_lines(Path(path))
             return str(path)
-    ours = ', '.join(sorted(path.name.removesuffix('_synsets.txt') for path in lists.glob('*_synsets.txt')))
+    names = (path.name.removesuffix('_synsets.txt') for path in lists.glob('*_synsets.txt'))
+    ours = ', '.join(sorted(names, key=lambda name: (len(name), name)))
     raise InputError(f'class_map must be a file of class names or one of {ours}, got {name!r}.')
 
 

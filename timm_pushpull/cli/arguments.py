@@ -44,7 +44,10 @@ def add_dataset_arguments(group: Any, data_dir_help: str) -> None:
     group.add_argument('--dataset', metavar='NAME', help='type of the dataset, as in validate.py (image folder)')
     group.add_argument('--split', default='validation', metavar='NAME', help='split of the dataset (%(default)s)')
     group.add_argument(
-        '--class-map', default='', metavar='FILE', help='as in validate.py, or imagenet_100 or imagenet_200'
+        '--class-map',
+        default='',
+        metavar='FILE',
+        help='as in validate.py, or imagenet_100, imagenet_200 or imagenet_1000',
     )
 
 

@@ -39,6 +39,14 @@ def add_to(commands: Any) -> None:
     data.add_argument('--limit', type=int, metavar='N', help='number of images, spread over the classes (all)')
     data.add_argument('--seed', type=int, default=0, metavar='N', help='seed of generated corruptions (%(default)s)')
     data.add_argument(
+        '--valid-labels',
+        metavar='FILE',
+        help='as in validate.py: the index of the logit of each class, for models with more classes than the images; '
+        'not needed where the models and the images name their classes alike, as by ImageNet synsets. For the errors '
+        'among all 1,000 classes: --class-map imagenet_1000',
+    )
+    data.add_argument('--real-labels', metavar='FILE', help='as in validate.py: the labels of ImageNet-ReaL')
+    data.add_argument(
         '--skip-unreadable', action='store_true', help='leave out and count unreadable images, instead of stopping'
     )
     model = parser.add_argument_group('models', "options of timm's validate.py, the same for all models")
@@ -102,6 +110,8 @@ def run(args: argparse.Namespace) -> None:
         severities=args.severities,
         limit=args.limit,
         seed=args.seed,
+        valid_labels=args.valid_labels,
+        real_labels=args.real_labels,
         baseline=args.baseline,
         skip_unreadable=args.skip_unreadable,
         data_configs=data_configs,

@@ -261,7 +261,7 @@ def open_stored(
         folder: Folder of the corruptions.
         corruptions: Names of the corruptions to read.
         severities: Severities to read, 1 to 5.
-        class_map: File of class names, or ``imagenet_100`` or ``imagenet_200``, as for
+        class_map: File of class names, or ``imagenet_100``, ``imagenet_200`` or ``imagenet_1000``, as for
             :func:`~timm_pushpull.open_dataset`; only in the layout of ImageNet-C.
 
     Returns:

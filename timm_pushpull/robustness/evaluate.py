@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from ..errors import InputError, WorkerKilledError
 from ..files import atomic_write
-from .classes import check_labels, describe_targets, label_names, list_some
+from .classes import describe_targets
 from .corruptions import check_corruption, import_imagecorruptions
 from .data import DatasetImages, StoredArrays, StoredFolders, stratified_indices
+from .labels import find_model_classes, find_right_classes, read_real_labels, read_valid_labels
 from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS
 from .protocol import describe_corruptions, describe_images, describe_models, versions
 from .store import (
@@ -57,6 +58,8 @@ def evaluate_robustness(
     severities: Sequence[int] = SEVERITIES,
     limit: int | None = None,
     seed: int = 0,
+    valid_labels: str | os.PathLike[str] | None = None,
+    real_labels: str | os.PathLike[str] | None = None,
     baseline: str | None = None,
     skip_unreadable: bool = False,
     data_configs: Mapping[str, Mapping[str, Any]] | None = None,
@@ -73,6 +76,10 @@ def evaluate_robustness(
     interrupted run continues where it stopped. If ``torch.distributed`` is initialized, its processes share the
     batches and the first process writes.
 
+    Where a model has more classes than the images, its predictions are restricted to the classes of the images, see
+    :func:`~timm_pushpull.robustness.labels.find_model_classes`. A class map of all classes of the model, such as
+    ``imagenet_1000``, keeps the predictions among all.
+
     Args:
         models: Models of timm by name. They stay on ``device``, and in training mode if they were.
         folder: Results folder, made if it does not exist; see :mod:`timm_pushpull.robustness.store`.
@@ -84,6 +91,10 @@ def evaluate_robustness(
         severities: Severities, 1 to 5.
         limit: Number of images, spread over the classes; None for all.
         seed: Seed of generated corruptions.
+        valid_labels: File with the index of the logit of each class, as ``validate.py`` takes it; None to find the
+            classes by their names.
+        real_labels: File of ImageNet-ReaL labels, as ``validate.py`` takes it, in place of the labels of the images.
+            Images without a right class are left out.
         baseline: Baseline of relative mCE and R_net, see :func:`~timm_pushpull.robustness.summary.baseline_of`.
         skip_unreadable: Leave out and count unreadable images, instead of stopping at the first.
         data_configs: What ``timm.data.resolve_data_config`` returns for each model. By default the settings of the
@@ -101,9 +112,10 @@ def evaluate_robustness(
     Raises:
         ModuleNotFoundError: If corruptions are to be generated and imagecorruptions-imaug is not installed.
         ValueError: If there is no model, or neither ``dataset`` nor ``stored``; if these two hold different images; if
-            a model does not fit RGB images, their size, or the number, names or order of the classes; if the images
-            are those for training in place of another split; if an image cannot be read; if the folder holds results
-            of another protocol; or if a corruption, a severity or the baseline does not exist.
+            a model does not fit RGB images, their size, or the number, names or order of the classes; if a file of
+            labels is wrong, or not of these images; if the images are those for training in place of another split; if
+            an image cannot be read; if the folder holds results of another protocol; or if a corruption, a severity or
+            the baseline does not exist.
         WorkerKilledError: If the system kills a worker. Finished work is kept.
     """
     folder = Path(folder)
@@ -133,66 +145,103 @@ def evaluate_robustness(
     if missing := [name for name in models if name not in data_configs]:
         raise InputError(f'data_configs must have an entry for each model, {", ".join(missing)} has none.')
     data_configs = {name: data_configs[name] for name in models}
-    views = Views(clean, stored, seed, data_configs, skip_unreadable)
-    images = views.images
-    notes = images.notes
-    for name, model in models.items():
-        if model.num_classes != len(images.classes):
-            raise InputError(
-                f'{name} has {model.num_classes} classes, but the images have {len(images.classes)} '
-                f'({list_some(images.classes)}). {" ".join(images.notes)}'.strip()
-            )
-        notes = [*notes, *filter(None, [check_labels(name, label_names(model), images.classes)])]
-    indices = stratified_indices(images.targets, limit)
+    run = _Run(models, data_configs, torch.device(device), batch_size, workers, amp_dtype, progress)
     passes = [(CLEAN, 0)] if clean is not None else []
     passes += [(corruption, severity) for corruption in corruptions for severity in severities]
-
+    views = Views(clean, stored, seed, data_configs, skip_unreadable)
+    images = _select(run, views, limit, passes, valid_labels, real_labels)
     with _in_eval_mode(models, device):
         for name, model in models.items():
-            _check_size(name, model, data_configs[name], torch.device(device), amp_dtype)
+            _check_size(name, model, data_configs[name], run.device, amp_dtype)
+    protocol = {
+        'corruptions': describe_corruptions(stored, seed),
+        'data': describe_images(views.images, images.indices, clean is not None, real_labels),
+        'versions': versions(),
+        'models': describe_models(models, data_configs, images.valid_labels, amp_dtype, device),
+    }
+    if _rank() == 0:
+        # Merged before the folder is made: what is refused must not make it.
+        check_baseline(baseline, merge_protocol(folder, protocol)['models'])
+    return _measure(run, images, folder, protocol, baseline)
+
+
+class _Run(NamedTuple):
+    """Models, and how they run."""
+
+    models: Mapping[str, nn.Module]
+    data_configs: Mapping[str, Mapping[str, Any]]
+    device: torch.device
+    batch_size: int
+    workers: int
+    amp_dtype: torch.dtype | None
+    progress: bool
+
+
+class _Images(NamedTuple):
+    """Images that the models see, and the passes (corruption and severity) over them."""
+
+    views: Views
+    indices: list[int]
+    passes: list[tuple[str, int]]
+    right: list[list[int]]
+    """Right classes of each image in ``views``."""
+    valid_labels: dict[str, list[int] | None]
+    """For each model the index of the logit of each class, None for all logits."""
+    notes: list[str]
+
+
+def _select(
+    run: _Run,
+    views: Views,
+    limit: int | None,
+    passes: list[tuple[str, int]],
+    valid_labels: str | os.PathLike[str] | None = None,
+    real_labels: str | os.PathLike[str] | None = None,
+) -> _Images:
+    """Choose the images, and match their classes with those of the models."""
+    images = views.images
+    valid = None if valid_labels is None else read_valid_labels(valid_labels)
+    found = {name: find_model_classes(name, model, images, valid) for name, model in run.models.items()}
+    notes = [*images.notes, *(classes.note for classes in found.values() if classes.note)]
+    right = [[target] for target in images.targets]
+    if real_labels is not None:
+        right = find_right_classes(read_real_labels(real_labels), images.names, images.classes, valid)
+    labeled = [index for index, labels in enumerate(right) if labels]
+    if len(labeled) < len(right):
+        notes.append(f'Images left out, because no real label is among the classes: {len(right) - len(labeled):,}.')
+    indices = [labeled[place] for place in stratified_indices([images.targets[index] for index in labeled], limit)]
+    return _Images(views, indices, passes, right, {name: found[name].valid_labels for name in found}, notes)
+
+
+def _measure(
+    run: _Run, images: _Images, folder: Path, protocol: Mapping[str, Any], baseline: str | None
+) -> list[dict[str, Any]]:
+    """Run the passes that the folder lacks, and return the rows of its summary."""
     plan: list[Any] = [None]
     if _rank() == 0:
-        protocol = {
-            'corruptions': describe_corruptions(stored, seed),
-            'data': describe_images(images, indices, has_clean=clean is not None),
-            'versions': versions(),
-            'models': describe_models(models, data_configs, amp_dtype, device),
-        }
-        # Merged here too: what is refused must not make the folder.
-        check_baseline(baseline, merge_protocol(folder, protocol)['models'])
         with lock(folder):
             write_protocol(folder, merge_protocol(folder, protocol))
-        names, targets = [images.names[index] for index in indices], [images.targets[index] for index in indices]
-        write_images(folder, names, targets, images.classes)
-        if progress:
-            print(describe_targets(images.classes, targets), file=sys.stderr)
-        for note in notes:
+        source = images.views.images
+        targets = [source.targets[index] for index in images.indices]
+        write_images(folder, [source.names[index] for index in images.indices], targets, source.classes)
+        if run.progress:
+            print(describe_targets(source.classes, targets), file=sys.stderr)
+        for note in images.notes:
             _logger.warning(note)
         unfinished = {
-            key: [name for name in models if not predictions_path(folder, name, *key).exists()] for key in passes
+            key: [name for name in run.models if not predictions_path(folder, name, *key).exists()]
+            for key in images.passes
         }
         plan[0] = {key: names for key, names in unfinished.items() if names}
     if _world_size() > 1:
         dist.broadcast_object_list(plan)
-    with _in_eval_mode(models, device), _worker_errors():
-        _run(
-            plan[0],
-            models,
-            data_configs,
-            views,
-            indices,
-            folder,
-            torch.device(device),
-            batch_size,
-            workers,
-            amp_dtype,
-            progress,
-        )
-
+    with _in_eval_mode(run.models, run.device), _worker_errors():
+        _run_passes(plan[0], run, images, folder)
     if _rank() > 0:
         return []
-    middle = sorted(severities)[len(severities) // 2 :][:1]
-    _write_examples(folder, views, indices, [key for key in passes if key[0] == CLEAN or key[1] in middle])
+    severities = sorted({severity for _, severity in images.passes if severity})
+    middle = severities[len(severities) // 2 :][:1]
+    _write_examples(folder, images, [key for key in images.passes if key[0] == CLEAN or key[1] in middle])
     with lock(folder):
         write_errors(folder)
         return write_summary(folder, baseline)
@@ -241,45 +290,37 @@ def _check_size(
         ) from error
 
 
-def _run(
-    plan: Mapping[tuple[str, int], Sequence[str]],
-    models: Mapping[str, nn.Module],
-    data_configs: Mapping[str, Mapping[str, Any]],
-    views: Views,
-    indices: Sequence[int],
-    folder: Path,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-    amp_dtype: torch.dtype | None,
-    progress: bool,
-) -> None:
-    """Run each pass (corruption and severity) of the plan with the models that lack it, and write its predictions."""
+def _run_passes(plan: Mapping[tuple[str, int], Sequence[str]], run: _Run, images: _Images, folder: Path) -> None:
+    """Run each pass of the plan with the models that lack it, and write its predictions."""
+    views, indices, size = images.views, images.indices, run.batch_size
     # Processes share whole batches: the batches are then the same for any number of processes.
-    starts = range(0, len(indices), batch_size)[_rank() :: _world_size()]
-    batches = [[View(*key, index) for index in indices[start : start + batch_size]] for key in plan for start in starts]
+    starts = range(0, len(indices), size)[_rank() :: _world_size()]
+    batches = [[View(*key, index) for index in indices[start : start + size]] for key in plan for start in starts]
     # One loader for all passes: its workers start once, and do not wait for a pass to end.
+    pin = run.device.type == 'cuda'
     loader = DataLoader(
-        views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == 'cuda', worker_init_fn=_one_thread
+        views, batch_sampler=batches, num_workers=run.workers, pin_memory=pin, worker_init_fn=_one_thread
     )
     with torch.device('cpu'):  # the loader draws a seed, on the program's default device
         batches_left = iter(loader)
-    with tqdm(total=len(batches), unit='batch', disable=not (progress and batches and _rank() == 0)) as bar:
+    with tqdm(total=len(batches), unit='batch', disable=not (run.progress and batches and _rank() == 0)) as bar:
         for (corruption, severity), names in plan.items():
             bar.set_description(f'{corruption} {severity}' if severity else CLEAN)
             predictions: dict[str, list[np.ndarray]] = {name: [] for name in names}
             for start in starts:
                 batch, targets = next(batches_left)
-                batch = [images.to(device, non_blocking=True) for images in batch]
+                batch = [pixels.to(run.device, non_blocking=True) for pixels in batch]
+                rows = indices[start : start + size]
                 for name in names:
-                    images = batch[views.geometry[name]]
-                    logits = _logits(models[name], images, data_configs[name], amp_dtype)
+                    pixels, valid = batch[views.geometry[name]], images.valid_labels[name]
+                    logits = _logits(run.models[name], pixels, run.data_configs[name], run.amp_dtype)
+                    logits = logits if valid is None else logits[:, valid]
                     wrong = (~logits.isfinite().all(1).cpu() & (targets >= 0)).nonzero()[:1]
                     if len(wrong):
-                        image = views.images.names[indices[start + int(wrong)]]
+                        image = views.images.names[rows[int(wrong)]]
                         under = f'{corruption} {severity}' if severity else CLEAN
                         raise InputError(f'{name} gives logits that are not finite for image {image} ({under}).')
-                    predictions[name].append(_predict(logits, targets))
+                    predictions[name].append(_predict(logits, [images.right[row] for row in rows], targets < 0))
                 bar.update()
             for name, array in _gather(predictions).items():
                 write_predictions(predictions_path(folder, name, corruption, severity), array)
@@ -307,13 +348,15 @@ def _logits(
         return model(images.float().sub_(mean).div_(std))
 
 
-def _predict(logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+def _predict(logits: torch.Tensor, right: Sequence[Sequence[int]], unreadable: torch.Tensor) -> np.ndarray:
     first = logits.topk(min(TOP, logits.shape[1])).indices.cpu()
-    right = first == targets[:, None]
-    predictions = np.empty(len(targets), PREDICTION)
+    ranks = [
+        [place for place, label in enumerate(row) if label in right[image]] for image, row in enumerate(first.tolist())
+    ]
+    predictions = np.empty(len(right), PREDICTION)
     predictions['prediction'] = first[:, 0]
-    predictions['rank'] = torch.where(right.any(1), right.int().argmax(1), TOP)
-    predictions[(targets < 0).numpy()] = (0, UNREADABLE)
+    predictions['rank'] = [min(places, default=TOP) for places in ranks]
+    predictions[unreadable.numpy()] = (0, UNREADABLE)
     return predictions
 
 
@@ -341,17 +384,17 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _write_examples(folder: Path, views: Views, indices: Sequence[int], keys: Sequence[tuple[str, int]]) -> None:
+def _write_examples(folder: Path, images: _Images, keys: Sequence[tuple[str, int]]) -> None:
     """Keep a few images as the first model sees them, clean and corrupted."""
-    count = len(indices)
+    count = len(images.indices)
     for row in sorted({(2 * number + 1) * count // (2 * EXAMPLES) for number in range(EXAMPLES)}):
         for corruption, severity in keys:
             path = example_path(folder, corruption, severity, row)
             if not path.exists():
-                images, target = views[View(corruption, severity, indices[row])]
+                views, target = images.views[View(corruption, severity, images.indices[row])]
                 if target >= 0:
                     buffer = io.BytesIO()
-                    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(buffer, 'png')
+                    Image.fromarray(views[0].permute(1, 2, 0).numpy()).save(buffer, 'png')
                     atomic_write(path, buffer.getvalue())
 
 

@@ -62,7 +62,8 @@ def read_examples(folder: str | os.PathLike[str], predictions: Predictions) -> l
             array = passes.get((corruption, severity))
             if array is not None and array['rank'][row] != UNREADABLE:
                 prediction = int(array['prediction'][row])
-                found.append(ModelPrediction(model, classes[prediction] or str(prediction), prediction == target))
+                correct = bool(array['rank'][row] == 0)
+                found.append(ModelPrediction(model, classes[prediction] or str(prediction), correct))
         title = f'{words_of(corruption)} {severity}' if severity else words_of(corruption)
         examples.setdefault(row, ExampleImage(name, label, [])).views.append(View(title, path, found))
     return list(examples.values())

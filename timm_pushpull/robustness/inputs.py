@@ -31,7 +31,7 @@ def open_dataset(
         data_dir: Folder of the dataset.
         name: Type of the dataset, as in ``timm.data.create_dataset``; ``''`` for folders of images.
         split: Name of the split.
-        class_map: File of class names, or ``imagenet_100`` or ``imagenet_200``.
+        class_map: File of class names, or ``imagenet_100``, ``imagenet_200`` or ``imagenet_1000``.
 
     Returns:
         The dataset, for :func:`timm_pushpull.evaluate_robustness`.

@@ -2,8 +2,10 @@
 
 import hashlib
 import importlib.metadata
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +42,10 @@ def describe_corruptions(stored: StoredFolders | StoredArrays | None, seed: int)
 
 
 def describe_images(
-    images: DatasetImages | StoredFolders | StoredArrays, indices: Sequence[int], has_clean: bool
+    images: DatasetImages | StoredFolders | StoredArrays,
+    indices: Sequence[int],
+    has_clean: bool,
+    real_labels: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Describe the images.
 
@@ -48,6 +53,7 @@ def describe_images(
         images: All images.
         indices: Indices of the images that the models see.
         has_clean: Whether the models see the images without corruption too.
+        real_labels: File of the labels, if they are not those of the images.
 
     Returns:
         Field ``data`` of the protocol.
@@ -58,12 +64,14 @@ def describe_images(
         'imagenet_1k': is_imagenet_1k(images.classes) and len(set(images.targets)) == len(images.classes),
         'clean': has_clean,
         'names_sha256': _sha256('\n'.join(f'{images.names[index]} {images.targets[index]}' for index in indices)),
+        **({} if real_labels is None else {'real_labels_sha256': _sha256(Path(real_labels).read_text())}),
     }
 
 
 def describe_models(
     models: Mapping[str, nn.Module],
     data_configs: Mapping[str, Mapping[str, Any]],
+    valid_labels: Mapping[str, Sequence[int] | None],
     amp_dtype: torch.dtype | None,
     device: str | torch.device,
 ) -> dict[str, dict[str, Any]]:
@@ -72,6 +80,7 @@ def describe_models(
     Args:
         models: Models of timm by name.
         data_configs: Image size, crop, mean and std of each model.
+        valid_labels: Index of the logit of each class for each model, None for all logits.
         amp_dtype: Data type of autocast; None for float32.
         device: Device of the models.
 
@@ -90,8 +99,19 @@ def describe_models(
             'modules_sha256': hash_modules(model),
             'precision': str(amp_dtype or torch.float32).removeprefix('torch.'),
             'device': torch.device(device).type,
+            **_describe_labels(valid_labels[name], model),
         }
         for name, model in models.items()
+    }
+
+
+def _describe_labels(valid_labels: Sequence[int] | None, model: Any) -> dict[str, Any]:
+    """Describe the restriction of predictions; without one there is no field, as in results of earlier versions."""
+    if valid_labels is None:
+        return {}
+    return {
+        'predicts_among': f'{len(valid_labels)} of {model.num_classes} classes',
+        'valid_labels_sha256': _sha256(' '.join(map(str, valid_labels))),
     }
 
 

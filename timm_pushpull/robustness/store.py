@@ -5,18 +5,19 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
 - ``protocol.json``: how the predictions were made. A later run must agree with it, or is refused. Fields:
 
   - ``corruptions``: the package that generated the corruptions, with the seed; or the layout of stored corruptions;
-  - ``data``: number of images and classes, a hash of the image names, whether there are clean images, and whether the
-    classes are the 1,000 of ImageNet;
+  - ``data``: number of images and classes, a hash of the image names, whether there are clean images, whether the
+    classes are the 1,000 of ImageNet, and a hash of the ImageNet-ReaL labels if they count as right;
   - ``versions`` of this package, timm, torch, numpy and pillow;
   - ``models``: for each model its architecture, arguments, image size, crop, mean and std, the hashes of its weights
-    and modules, its precision and its device;
+    and modules, its precision and its device; where a model has more classes than the images and its predictions are
+    restricted to those of the images, how many they are, with a hash of their indices;
 
 - ``images.csv``: one row for each image: ``image`` (its name) and ``class`` (its class index);
 - ``classes.csv``: one row for each class: ``class`` (its index), ``name``, and its number of ``images``;
 - ``predictions/MODEL/CORRUPTION-SEVERITY.npy``: one element for each row of ``images.csv``, of type ``PREDICTION``.
   Clean images have the name ``clean-0``. Fields:
 
-  - ``prediction``: index of the class with the highest logit;
+  - ``prediction``: index of the class with the highest logit, among the classes of the images;
   - ``rank``: rank of the right class among the five highest logits, 0 to 4; 5 if the right class is not among them;
     255 if the image could not be read;
 

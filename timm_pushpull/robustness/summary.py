@@ -445,8 +445,9 @@ def _measures(
     measures: dict[str, Any] = {'E': None if rates.clean is None else 100 * rates.clean}
     measures.update({f'CE_{name}': 100 * errors[name] for name in sorted(errors, key=_table_order)})
     measures['plain_mCE'] = 100 * plain_mce(errors) if complete else None
-    # AlexNet's errors are means over the five severities.
-    normalize = complete and data['imagenet_1k'] and tuple(severities) == SEVERITIES
+    # AlexNet's errors are means over the five severities, by the labels of the images.
+    normalize = complete and data['imagenet_1k'] and 'real_labels_sha256' not in data
+    normalize = normalize and tuple(severities) == SEVERITIES
     measures['alexnet_normalized_mCE'] = 100 * normalized_mce(errors) if normalize else None
     measures.update(dict.fromkeys(COMPARISONS))
     if complete and baseline is not None and rates.clean is not None and baseline.clean is not None:
