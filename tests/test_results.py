@@ -235,7 +235,7 @@ def test_an_interval_spans_the_middle_95_percent_of_a_thousand_resamples():
     assert _interval(np.arange(1001)).tolist() == [25, 975]
     # A ratio to no errors is not a number, and counts as the worst.
     assert _interval(np.array([*range(900), *[np.nan] * 101])).tolist() == [25, np.inf]
-    rates = _error_rates({'a': {('clean', 0): np.zeros(4, PREDICTION)}}, images=4)['a'].clean
+    rates = _error_rates({'a': {('clean', 0): np.zeros(4, PREDICTION)}})['a'].clean
     assert len(rates) == 1 + 1000
 
 

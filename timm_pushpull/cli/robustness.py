@@ -31,6 +31,13 @@ def add_to(commands: Any) -> None:
     add_dataset_arguments(data, 'clean images; corruptions are generated from them')
     data.add_argument('--stored', metavar='FOLDER', help='corrupted images, in the layout of ImageNet-C or CIFAR-10-C')
     data.add_argument(
+        '--shifted',
+        nargs='+',
+        default=(),
+        metavar='NAME=FOLDER',
+        help='naturally shifted images, such as imagenet-a=FOLDER: each set is measured beside the clean images',
+    )
+    data.add_argument(
         '--corruptions', nargs='+', default=TEST_CORRUPTIONS, metavar='NAME', help='corruptions (the 15 of ImageNet-C)'
     )
     data.add_argument(
@@ -93,6 +100,15 @@ def run(args: argparse.Namespace) -> None:
         dataset = open_dataset(**dataset_options(args))
     if args.stored:
         stored = open_stored(args.stored, args.corruptions, args.severities, args.class_map)
+    shifted = {}
+    for words in args.shifted:
+        name, equals, folder = words.partition('=')
+        if not equals or not folder or name in shifted:
+            raise InputError(f'--shifted must be NAME=FOLDER with another name for each set, got {words!r}.')
+        try:
+            shifted[name] = open_dataset(folder, class_map=args.class_map)
+        except InputError as error:
+            raise InputError(f'--shifted {words}: {error}') from None
     models = load_models(args.models, args.checkpoint, **model_options(args))  # last: it may download weights
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     with refused_by_timm(f'--device {args.device}'):
@@ -106,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
         args.output,
         dataset=dataset,
         stored=stored,
+        shifted=shifted,
         corruptions=args.corruptions,
         severities=args.severities,
         limit=args.limit,
@@ -125,6 +142,7 @@ def run(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
     if rows:
         print_summary(rows)
+        print_shifts(args.output)
         print_notes(rows, args.output)
         print_verdicts(args.output)
 
@@ -144,6 +162,21 @@ def print_summary(rows: Sequence[dict[str, Any]]) -> None:
     print('.' if 'plain_mCE' in measures else '; mCE needs all 15 corruptions.')
     if unreadable := sum(row['unreadable'] for row in rows):
         print(f'{unreadable} predictions are missing: their images could not be read.')
+
+
+def print_shifts(folder: str | os.PathLike[str]) -> None:
+    """Print the errors on natural shifts, one line for each model and set."""
+    from ..robustness.paired import tenths
+    from ..robustness.shifts import shift_rows
+    from ..robustness.summary import columns_of
+
+    for row in shift_rows(folder):
+        words = [f'{row["model"]} on {row["shift"]}, {row["images"]:,} images of {row["classes"]:,} classes:']
+        for measure, name in (('top1_err', 'top-1 error'), ('top5_err', 'top-5 error'), ('drop', 'drop')):
+            if row[measure] != '':
+                value, low, high = (tenths(row[column]) for column in columns_of(measure))
+                words.append(f'{name} {value} ({low} to {high})')
+        print('  '.join(words))
 
 
 def print_notes(rows: Sequence[dict[str, Any]], output: str) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     'label_names',
     'list_some',
     'numbers_sorted_as_text',
+    'same_classes',
 ]
 
 
@@ -187,6 +188,23 @@ def check_labels(name: str, labels: Sequence[str], classes: Sequence[str]) -> st
             f'with the names of the classes, one a line, in the order of {name}.'
         )
     return f'{name} and the images name {len(different):,} of {len(classes):,} classes differently: {first}.'
+
+
+def same_classes(classes: Sequence[str], others: Sequence[str]) -> bool:
+    """Tell whether two sets of images have the same classes with the same indices.
+
+    Args:
+        classes: Name of each class, '' for a class without a name.
+        others: Names of the classes of the other images. Names that are the indices themselves, as in ImageNet-V2,
+            fit any names.
+
+    Returns:
+        Whether all names are known and equal.
+    """
+    indices = [str(index) for index in range(len(classes))]
+    if len(classes) != len(others) or not all((*classes, *others)):
+        return False
+    return list(classes) == list(others) or indices in (list(classes), list(others))
 
 
 def is_imagenet_1k(classes: Sequence[str]) -> bool:

@@ -28,6 +28,7 @@ from .data import DatasetImages, StoredArrays, StoredFolders, stratified_indices
 from .labels import find_model_classes, find_right_classes, read_real_labels, read_valid_labels
 from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS
 from .protocol import describe_corruptions, describe_images, describe_models, versions
+from .shifts import write_shifts
 from .store import (
     PREDICTION,
     TOP,
@@ -36,6 +37,7 @@ from .store import (
     lock,
     merge_protocol,
     predictions_path,
+    shifted_folder,
     write_images,
     write_predictions,
     write_protocol,
@@ -54,6 +56,7 @@ def evaluate_robustness(
     folder: str | os.PathLike[str],
     dataset: Any = None,
     stored: StoredFolders | StoredArrays | None = None,
+    shifted: Mapping[str, Any] | None = None,
     corruptions: Sequence[str] = TEST_CORRUPTIONS,
     severities: Sequence[int] = SEVERITIES,
     limit: int | None = None,
@@ -87,9 +90,11 @@ def evaluate_robustness(
             error.
         stored: Corrupted images, as :func:`~timm_pushpull.open_stored` returns them; None to generate them from
             ``dataset``.
+        shifted: Naturally shifted images by name, such as ImageNet-A, each as
+            :func:`~timm_pushpull.open_dataset` returns them: measured beside the clean images, without corruptions.
         corruptions: Names of corruptions.
         severities: Severities, 1 to 5.
-        limit: Number of images, spread over the classes; None for all.
+        limit: Number of images of each set, spread over the classes; None for all.
         seed: Seed of generated corruptions.
         valid_labels: File with the index of the logit of each class, as ``validate.py`` takes it; None to find the
             classes by their names.
@@ -149,20 +154,28 @@ def evaluate_robustness(
     passes = [(CLEAN, 0)] if clean is not None else []
     passes += [(corruption, severity) for corruption in corruptions for severity in severities]
     views = Views(clean, stored, seed, data_configs, skip_unreadable)
-    images = _select(run, views, limit, passes, valid_labels, real_labels)
+    source = describe_corruptions(stored, seed)
+    sets = [_prepare(run, folder, views, passes, source, limit, valid_labels, real_labels)]
+    for name, shift in (shifted or {}).items():
+        views = Views(DatasetImages(shift), None, seed, data_configs, skip_unreadable)
+        sets.append(_prepare(run, shifted_folder(folder, name), views, [(CLEAN, 0)], {'shift': name}, limit))
     with _in_eval_mode(models, device):
         for name, model in models.items():
             _check_size(name, model, data_configs[name], run.device, amp_dtype)
-    protocol = {
-        'corruptions': describe_corruptions(stored, seed),
-        'data': describe_images(views.images, images.indices, clean is not None, real_labels),
-        'versions': versions(),
-        'models': describe_models(models, data_configs, images.valid_labels, amp_dtype, device),
-    }
     if _rank() == 0:
-        # Merged before the folder is made: what is refused must not make it.
-        check_baseline(baseline, merge_protocol(folder, protocol)['models'])
-    return _measure(run, images, folder, protocol, baseline)
+        # Merged before a folder is made: what is refused must not make it.
+        merged, *_ = [merge_protocol(images.folder, images.protocol) for images in sets]
+        check_baseline(baseline, merged['models'])
+    for images in sets:
+        _measure(run, images)
+    if _rank() > 0:
+        return []
+    with lock(folder):
+        if shifted:
+            write_shifts(folder)
+            for images in sets[1:]:
+                write_summary(images.folder)
+        return write_summary(folder, baseline)
 
 
 class _Run(NamedTuple):
@@ -180,6 +193,8 @@ class _Run(NamedTuple):
 class _Images(NamedTuple):
     """Images that the models see, and the passes (corruption and severity) over them."""
 
+    folder: Path
+    """Results folder of these images."""
     views: Views
     indices: list[int]
     passes: list[tuple[str, int]]
@@ -188,13 +203,16 @@ class _Images(NamedTuple):
     valid_labels: dict[str, list[int] | None]
     """For each model the index of the logit of each class, None for all logits."""
     notes: list[str]
+    protocol: dict[str, Any]
 
 
-def _select(
+def _prepare(
     run: _Run,
+    folder: Path,
     views: Views,
-    limit: int | None,
     passes: list[tuple[str, int]],
+    corruptions: dict[str, Any],
+    limit: int | None,
     valid_labels: str | os.PathLike[str] | None = None,
     real_labels: str | os.PathLike[str] | None = None,
 ) -> _Images:
@@ -202,6 +220,7 @@ def _select(
     images = views.images
     valid = None if valid_labels is None else read_valid_labels(valid_labels)
     found = {name: find_model_classes(name, model, images, valid) for name, model in run.models.items()}
+    labels_of = {name: classes.valid_labels for name, classes in found.items()}
     notes = [*images.notes, *(classes.note for classes in found.values() if classes.note)]
     right = [[target] for target in images.targets]
     if real_labels is not None:
@@ -210,17 +229,22 @@ def _select(
     if len(labeled) < len(right):
         notes.append(f'Images left out, because no real label is among the classes: {len(right) - len(labeled):,}.')
     indices = [labeled[place] for place in stratified_indices([images.targets[index] for index in labeled], limit)]
-    return _Images(views, indices, passes, right, {name: found[name].valid_labels for name in found}, notes)
+    protocol = {
+        'corruptions': corruptions,
+        'data': describe_images(images, indices, (CLEAN, 0) in passes, real_labels),
+        'versions': versions(),
+        'models': describe_models(run.models, run.data_configs, labels_of, run.amp_dtype, run.device),
+    }
+    return _Images(folder, views, indices, passes, right, labels_of, notes, protocol)
 
 
-def _measure(
-    run: _Run, images: _Images, folder: Path, protocol: Mapping[str, Any], baseline: str | None
-) -> list[dict[str, Any]]:
-    """Run the passes that the folder lacks, and return the rows of its summary."""
+def _measure(run: _Run, images: _Images) -> None:
+    """Run the passes that the folder lacks, and write its tables."""
+    folder = images.folder
     plan: list[Any] = [None]
     if _rank() == 0:
         with lock(folder):
-            write_protocol(folder, merge_protocol(folder, protocol))
+            write_protocol(folder, merge_protocol(folder, images.protocol))
         source = images.views.images
         targets = [source.targets[index] for index in images.indices]
         write_images(folder, [source.names[index] for index in images.indices], targets, source.classes)
@@ -236,15 +260,14 @@ def _measure(
     if _world_size() > 1:
         dist.broadcast_object_list(plan)
     with _in_eval_mode(run.models, run.device), _worker_errors():
-        _run_passes(plan[0], run, images, folder)
+        _run_passes(plan[0], run, images)
     if _rank() > 0:
-        return []
+        return
     severities = sorted({severity for _, severity in images.passes if severity})
     middle = severities[len(severities) // 2 :][:1]
-    _write_examples(folder, images, [key for key in images.passes if key[0] == CLEAN or key[1] in middle])
+    _write_examples(images, [key for key in images.passes if key[0] == CLEAN or key[1] in middle])
     with lock(folder):
         write_errors(folder)
-        return write_summary(folder, baseline)
 
 
 @contextlib.contextmanager
@@ -290,9 +313,9 @@ def _check_size(
         ) from error
 
 
-def _run_passes(plan: Mapping[tuple[str, int], Sequence[str]], run: _Run, images: _Images, folder: Path) -> None:
+def _run_passes(plan: Mapping[tuple[str, int], Sequence[str]], run: _Run, images: _Images) -> None:
     """Run each pass of the plan with the models that lack it, and write its predictions."""
-    views, indices, size = images.views, images.indices, run.batch_size
+    folder, views, indices, size = images.folder, images.views, images.indices, run.batch_size
     # Processes share whole batches: the batches are then the same for any number of processes.
     starts = range(0, len(indices), size)[_rank() :: _world_size()]
     batches = [[View(*key, index) for index in indices[start : start + size]] for key in plan for start in starts]
@@ -384,12 +407,12 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _write_examples(folder: Path, images: _Images, keys: Sequence[tuple[str, int]]) -> None:
+def _write_examples(images: _Images, keys: Sequence[tuple[str, int]]) -> None:
     """Keep a few images as the first model sees them, clean and corrupted."""
     count = len(images.indices)
     for row in sorted({(2 * number + 1) * count // (2 * EXAMPLES) for number in range(EXAMPLES)}):
         for corruption, severity in keys:
-            path = example_path(folder, corruption, severity, row)
+            path = example_path(images.folder, corruption, severity, row)
             if not path.exists():
                 views, target = images.views[View(corruption, severity, images.indices[row])]
                 if target >= 0:

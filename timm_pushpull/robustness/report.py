@@ -17,6 +17,7 @@ from .examples import read_examples
 from .metrics import COMPARISONS
 from .paired import checkpoint_pairs, paired_differences
 from .runs import Runs, difference_of_means, find_pairs, group_runs, less_baseline, means_over_runs, select_runs
+from .shifts import shift_rows
 from .store import differences, read_predictions, read_protocol
 from .summary import baseline_of, check_baseline, columns_of, model_of, read_baseline, read_summary, summarize
 
@@ -79,6 +80,7 @@ class _Part:
         self.protocol = {**protocol, 'models': {}}
         self.folders: list[Path] = []
         self.predictions: dict[str, dict[tuple[str, int], np.ndarray]] = {}
+        self.shifts: list[dict[str, Any]] = []
         self.baseline: str | None = None
 
     def add(self, folder: Path, protocol: Mapping[str, Any]) -> None:
@@ -87,12 +89,16 @@ class _Part:
         predictions = {name: passes for name, passes in read_predictions(folder).items() if passes}
         if not predictions:
             raise InputError(f'{folder} holds no results yet: repeat the command that started it.')
+        label_of = {}
         for name, passes in predictions.items():
             details = protocol['models'][name]
             labels = name, f'{name} ({folder.name})', f'{name} ({folder.resolve()})'
             label = next(label for label in labels if self.protocol['models'].get(label, details) == details)
             self.protocol['models'][label] = details
+            label_of[name] = label
             self.predictions[label] = {**self.predictions.get(label, {}), **passes}
+        shifts = [{**row, 'model': label_of[row['model']]} for row in shift_rows(folder) if row['model'] in label_of]
+        self.shifts += [row for row in shifts if row not in self.shifts]
         self.baseline = self.baseline or read_baseline(folder)
 
 
@@ -143,7 +149,7 @@ def _folder_section(part: _Part, output: Path, prefix: str, baseline: str | None
     strips = [page.example_strips(examples, len(part.predictions) > 1)] if examples else []
     return [
         f'<p>{page.protocol_sentence(part.protocol)}</p>',
-        *_tables_and_plots(rows, paired, figures, strips, output, prefix, pairs),
+        *_tables_and_plots(rows, part.shifts, paired, figures, strips, output, prefix, pairs),
         '<h2>Protocol</h2>',
         '<p>protocol.json has the same with whole hashes.</p>',
         page.protocol_table(part.protocol),
@@ -169,7 +175,7 @@ def _summary_sections(path: Path, output: Path, baseline: str | None, pairs: Seq
         rows = [{**row, **ratios, 'baseline': baseline} for row in rows]
     _check_pairs(pairs, [[row['model'] for row in rows]])
     words = html.escape(f'From {path.name}. The protocol is in protocol.json of its results folder.')
-    return [f'<p>{words}</p>', *_tables_and_plots(rows, [], {}, [], output, '', pairs)]
+    return [f'<p>{words}</p>', *_tables_and_plots(rows, [], [], {}, [], output, '', pairs)]
 
 
 def _check_pairs(pairs: Sequence[str], parts: Sequence[Collection[str]]) -> None:
@@ -183,6 +189,7 @@ def _check_pairs(pairs: Sequence[str], parts: Sequence[Collection[str]]) -> None
 
 def _tables_and_plots(
     rows: Sequence[Mapping[str, Any]],
+    shifts: Sequence[Mapping[str, Any]],
     paired: Sequence[Mapping[str, Any]],
     figures: Mapping[str, 'Figure | None'],
     strips: Sequence[str],
@@ -208,6 +215,8 @@ def _tables_and_plots(
         sections = ['<h2>Over training runs</h2>', page.runs_table(means, rows), page.measure_notes(rows)]
     else:
         sections = ['<h2>Measures</h2>', page.measures_table(rows), page.measure_notes(rows)]
+    if shifts:
+        sections += ['<h2>Natural shifts</h2>', page.shifts_table(shifts)]
     baseline = rows[0]['baseline']
     if from_baseline := less_baseline(models, baseline):
         sections += ['<h2>Less the baseline</h2>', page.baseline_differences(from_baseline, baseline)]

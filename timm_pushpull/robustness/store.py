@@ -4,7 +4,8 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
 
 - ``protocol.json``: how the predictions were made. A later run must agree with it, or is refused. Fields:
 
-  - ``corruptions``: the package that generated the corruptions, with the seed; or the layout of stored corruptions;
+  - ``corruptions``: the package that generated the corruptions, with the seed; or the layout of stored corruptions; or
+    the name of a natural ``shift``, which has none;
   - ``data``: number of images and classes, a hash of the image names, whether there are clean images, whether the
     classes are the 1,000 of ImageNet, and a hash of the ImageNet-ReaL labels if they count as right;
   - ``versions`` of this package, timm, torch, numpy and pillow;
@@ -23,6 +24,8 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
 
 - ``examples/CORRUPTION-SEVERITY-ROW.png``: a few images as the first model saw them; ROW is the row in ``images.csv``,
   from 0;
+- ``shifted/NAME/``: for each natural shift, such as ImageNet-A, a results folder like this one, without corruptions;
+- ``shifted.csv``, computed from the predictions of these folders: see :mod:`timm_pushpull.robustness.shifts`.
 - ``errors.csv`` and ``summary.csv``, computed from the predictions: see :mod:`timm_pushpull.robustness.summary`.
 """
 
@@ -53,6 +56,7 @@ __all__ = [
     'differences',
     'example_path',
     'find_examples',
+    'find_shifted',
     'lock',
     'merge_protocol',
     'predictions_path',
@@ -62,6 +66,7 @@ __all__ = [
     'read_predictions',
     'read_protocol',
     'readable_ranks',
+    'shifted_folder',
     'write_csv',
     'write_images',
     'write_predictions',
@@ -106,8 +111,8 @@ def read_protocol(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f'{folder} holds no results: there is no protocol.json.') from None
     check_fields(path, protocol, dict.fromkeys(('corruptions', 'data', 'models'), MAPPING))
-    stored = 'stored_as' in protocol['corruptions']
-    source = {'stored_as': TEXT} if stored else {'generated_by': TEXT, 'seed': INTEGER}
+    sources = ({'stored_as': TEXT}, {'shift': TEXT}, {'generated_by': TEXT, 'seed': INTEGER})
+    source = next((fields for fields in sources if protocol['corruptions'].keys() & fields.keys()), sources[-1])
     check_fields(path, protocol['corruptions'], source, 'corruptions')
     check_fields(path, protocol['data'], {'images': COUNT, 'classes': COUNT, 'imagenet_1k': FLAG}, 'data')
     if not protocol['models']:
@@ -247,8 +252,50 @@ def predictions_path(folder: str | os.PathLike[str], model: str, corruption: str
         Path of the file, which may not exist yet. Its folder is the name of the model, quoted as in a URL, so that no
         two models share a folder.
     """
-    name = quote(model, safe='@', errors='surrogateescape').replace('.', '%2E', model.startswith('.'))
-    return Path(folder) / 'predictions' / name / f'{corruption}-{severity}.npy'
+    return Path(folder) / 'predictions' / _quoted(model) / f'{corruption}-{severity}.npy'
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe='@', errors='surrogateescape').replace('.', '%2E', name.startswith('.'))
+
+
+def shifted_folder(folder: str | os.PathLike[str], name: str) -> Path:
+    """Name the results folder of a natural shift.
+
+    Args:
+        folder: Results folder.
+        name: Name of the shift.
+
+    Returns:
+        Folder inside the results folder, which may not exist yet. Its name is quoted as in a URL.
+
+    Raises:
+        ValueError: If the name is empty.
+    """
+    if not name:
+        raise InputError('shifted must name each set of images, got an empty name.')
+    return Path(folder) / 'shifted' / _quoted(name)
+
+
+def find_shifted(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Find the natural shifts of a results folder.
+
+    Args:
+        folder: Results folder.
+
+    Returns:
+        Results folders by name, in the order of the names.
+
+    Raises:
+        ValueError: If one of them holds no results, or those of another shift.
+    """
+    found = {}
+    for path in sorted(Path(folder).glob('shifted/*/')):
+        name = read_protocol(path)['corruptions'].get('shift', '')
+        if not name or shifted_folder(folder, name) != path:
+            raise InputError(f'{path} does not hold results of the shift by which it is named: move it out.')
+        found[name] = path
+    return found
 
 
 def write_predictions(path: Path, predictions: np.ndarray) -> None:

@@ -48,6 +48,7 @@ __all__ = [
     'not_compared',
     'read_baseline',
     'read_summary',
+    'resampled_means',
     'resampled_measures',
     'severities_of',
     'summarize',
@@ -285,7 +286,7 @@ def summarize(
     """
     check_baseline(baseline, protocol['models'])
     predictions = {name: passes for name, passes in predictions.items() if passes}
-    rates = _error_rates(predictions, protocol['data']['images'])
+    rates = _error_rates(predictions)
     severities = severities_of(predictions)
     rows = []
     for name, passes in predictions.items():
@@ -331,8 +332,7 @@ def resampled_measures(
         Measures by model: arrays (1 + 1000,) with the value in percent on the images, then on each resample; None for a
         mean that cannot be computed. All models share the resamples.
     """
-    with np.errstate(divide='ignore', invalid='ignore'):
-        rates = _error_rates(predictions, data['images'])
+    rates = _error_rates(predictions)
     return {name: _measures(rates[name], None, severities, data) for name in predictions}
 
 
@@ -404,17 +404,14 @@ class _Rates(NamedTuple):
         }
 
 
-def _error_rates(predictions: Predictions, images: int) -> dict[str, _Rates]:
+def _error_rates(predictions: Predictions) -> dict[str, _Rates]:
     by_model = {name: _Rates(None, {}) for name in predictions}
     ranks = [(name, *key, array['rank']) for name, passes in predictions.items() for key, array in passes.items()]
     if not ranks:
         return by_model
     wrong = np.stack([(rank != 0) & (rank != UNREADABLE) for *_, rank in ranks], 1).astype(np.float32)
     readable = np.stack([rank != UNREADABLE for *_, rank in ranks], 1).astype(np.float32)
-    generator = np.random.default_rng(0)
-    draws = [np.arange(images)[None]]
-    draws += [generator.integers(images, size=(RESAMPLES // 20, images)) for _ in range(20)]
-    rates = np.concatenate([_resampled_rates(draw, wrong, readable) for draw in draws])
+    rates = resampled_means(wrong, readable)
     for (name, corruption, severity, _), rate in zip(ranks, rates.T, strict=True):
         if corruption == CLEAN:
             by_model[name] = by_model[name]._replace(clean=rate)
@@ -423,9 +420,27 @@ def _error_rates(predictions: Predictions, images: int) -> dict[str, _Rates]:
     return by_model
 
 
-def _resampled_rates(draws: np.ndarray, wrong: np.ndarray, readable: np.ndarray) -> np.ndarray:
+def resampled_means(values: np.ndarray, counted: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Compute means over the images and over 1,000 resamples of the images.
+
+    Args:
+        values: Array (images, columns), float32; 0 for an image that does not count.
+        counted: Array (images, columns), float32: 1 for an image that counts in a column, otherwise 0.
+        seed: Seed of the resamples. Equal seeds give the same resamples of equally many images.
+
+    Returns:
+        Array (1 + 1000, columns): the mean of each column, then its mean on each resample.
+    """
+    images, generator = len(values), np.random.default_rng(seed)
+    draws = [np.arange(images)[None]]
+    draws += [generator.integers(images, size=(RESAMPLES // 20, images)) for _ in range(20)]
+    with np.errstate(divide='ignore', invalid='ignore'):
+        return np.concatenate([_resampled_rates(draw, values, counted) for draw in draws])
+
+
+def _resampled_rates(draws: np.ndarray, values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     counts = np.stack([np.bincount(draw, minlength=draws.shape[1]) for draw in draws]).astype(np.float32)
-    return np.divide(counts @ wrong, counts @ readable, dtype=np.float64)
+    return np.divide(counts @ values, counts @ counted, dtype=np.float64)
 
 
 def _accuracy(clean: np.ndarray | None) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""Errors on natural shifts, such as ImageNet-A, beside those on the clean images: ``shifted.csv``."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .classes import same_classes
+from .metrics import CLEAN
+from .store import TOP, UNREADABLE, find_shifted, read_classes, read_predictions, read_protocol, write_csv
+from .summary import interval_columns, resampled_means
+
+__all__ = ['SHIFT_MEASURES', 'shift_rows', 'write_shifts']
+
+SHIFT_MEASURES = {
+    'top1_err': 'top-1 error on the shifted images, %',
+    'top5_err': 'top-5 error on the shifted images, %',
+    'drop': 'top-1 error on the shifted images less that on the clean images, points; only where both have the same '
+    'classes',
+}
+
+
+def shift_rows(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Compute the errors on the natural shifts of a results folder, from the predictions.
+
+    An interval spans the middle 95% of the values over 1,000 resamples of the images; for ``drop`` the clean images and
+    the shifted ones are resampled independently. Unreadable images count neither as images nor as errors.
+
+    Args:
+        folder: Results folder.
+
+    Returns:
+        One row for each model and shift: ``model``, ``shift``, the number of ``images`` that could be read and of
+        ``classes``, then ``SHIFT_MEASURES``, with ``_low`` and ``_high`` for the ends of their intervals; '' where a
+        value cannot be computed.
+
+    Raises:
+        ValueError: If a folder holds no results, or if a file is damaged or no file of these results.
+    """
+    rows = []
+    clean, classes = read_predictions(folder), read_classes(folder)
+    for shift, path in find_shifted(folder).items():
+        comparable = same_classes(classes, read_classes(path))
+        count = read_protocol(path)['data']['classes']
+        for name, passes in read_predictions(path).items():
+            if (CLEAN, 0) not in passes:
+                continue
+            ranks = passes[CLEAN, 0]['rank']
+            row = {'model': name, 'shift': shift, 'images': int((ranks != UNREADABLE).sum()), 'classes': count}
+            top1, top5 = _errors(ranks, seed=1).T
+            row |= interval_columns('top1_err', top1) | interval_columns('top5_err', top5)
+            before = clean.get(name, {}).get((CLEAN, 0)) if comparable else None
+            drop = None if before is None else top1 - _errors(before['rank'], seed=0)[:, 0]
+            rows.append(row | interval_columns('drop', drop))
+    return rows
+
+
+def _errors(ranks: np.ndarray, seed: int) -> np.ndarray:
+    """Return the top-1 and the top-5 error (1 + 1000, 2) in percent, on the images and on each resample."""
+    readable = np.stack([ranks != UNREADABLE] * 2, 1)
+    wrong = readable & np.stack([ranks != 0, ranks == TOP], 1)
+    return 100 * resampled_means(wrong.astype(np.float32), readable.astype(np.float32), seed)
+
+
+def write_shifts(folder: str | os.PathLike[str]) -> None:
+    """Write ``shifted.csv`` from the predictions.
+
+    Args:
+        folder: Results folder.
+    """
+    write_csv(Path(folder) / 'shifted.csv', shift_rows(folder))
