@@ -151,7 +151,7 @@ def test_the_protocol_is_in_words(tmp_path):
 def test_the_page_has_the_predictions_for_the_examples(tmp_path):
     folder = write_finished(tmp_path / 'results')
     predictions = read_predictions(folder)['pp']['fog', 3]
-    predictions[4] = 1, 1  # the class, and the rank of the right one
+    predictions['prediction'][4] = predictions['rank'][4] = 1
     write_predictions(predictions_path(folder, 'pp', 'fog', 3), predictions)
     texts = Page(write_report([folder], tmp_path / 'page')).texts
     # Image 4 is of class 0, a tench. The fixture has it wrong in the fog for the other model, by its rank.

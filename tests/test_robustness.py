@@ -22,7 +22,7 @@ from timm_pushpull.robustness.corruptions import corrupt
 from timm_pushpull.robustness.data import open_stored, stratified_indices
 from timm_pushpull.robustness.evaluate import evaluate_robustness
 from timm_pushpull.robustness.report import write_report
-from timm_pushpull.robustness.store import UNREADABLE, read_images, read_predictions, read_protocol
+from timm_pushpull.robustness.store import PROBABILITIES, UNREADABLE, read_images, read_predictions, read_protocol
 
 pytest.importorskip('imagecorruptions')
 MEAN, STD = (0.2, 0.5, 0.7), (0.1, 0.25, 0.6)  # unequal, so that another order of the channels shows
@@ -96,7 +96,9 @@ def test_batches_workers_and_company_change_nothing(data, tmp_path):
         evaluate_robustness({name: model}, tmp_path / name, dataset(data), **FEW)
         together, alone = read_predictions(tmp_path / 'both')[name], read_predictions(tmp_path / name)[name]
         assert together.keys() == alone.keys()
-        assert all(np.array_equal(together[cell], alone[cell]) for cell in alone)
+        for cell, array in alone.items():
+            assert all(np.array_equal(together[cell][field], array[field]) for field in ('prediction', 'rank'))
+            assert all(together[cell][field] == pytest.approx(array[field], rel=1e-3) for field in PROBABILITIES)
 
 
 def test_an_interrupted_run_continues(data, tmp_path, monkeypatch):

@@ -149,16 +149,19 @@ def run(args: argparse.Namespace) -> None:
 
 def print_summary(rows: Sequence[dict[str, Any]]) -> None:
     """Print the measures of a summary, one column for each model."""
+    from ..robustness.metrics import CALIBRATION
     from ..robustness.summary import measures_of
 
     measures = [name for name in measures_of(rows) if any(row.get(name, '') != '' for row in rows)]
     label = max(map(len, measures), default=0)
     print('\n' + ' ' * label + ''.join(f'  {row["model"]:>9}' for row in rows))
     for name in measures:
-        figures = (f'{value:.2f}' if (value := row.get(name, '')) != '' else '' for row in rows)
+        places = 3 if name.endswith(('NLL', 'Brier')) else 2
+        figures = (f'{value:.{places}f}' if (value := row.get(name, '')) != '' else '' for row in rows)
         values = (f'{figure:>{max(9, len(row["model"]))}}' for figure, row in zip(figures, rows, strict=True))
         print(f'{name:<{label}}  {"  ".join(values)}')
-    print(f'in %; means over severities {rows[0]["severities"] or "of none"}', end='')
+    units = 'in %, NLL in nats, Brier score from 0 to 2' if {*measures} & {*CALIBRATION} else 'in %'
+    print(f'{units}; means over severities {rows[0]["severities"] or "of none"}', end='')
     print('.' if 'plain_mCE' in measures else '; mCE needs all 15 corruptions.')
     if unreadable := sum(row['unreadable'] for row in rows):
         print(f'{unreadable} predictions are missing: their images could not be read.')

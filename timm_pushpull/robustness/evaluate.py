@@ -26,7 +26,7 @@ from .classes import describe_targets
 from .corruptions import check_corruption, import_imagecorruptions
 from .data import DatasetImages, StoredArrays, StoredFolders, stratified_indices
 from .labels import find_model_classes, find_right_classes, read_real_labels, read_valid_labels
-from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS
+from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS, brier_scores, negative_log_likelihoods
 from .protocol import describe_corruptions, describe_images, describe_models, versions
 from .shifts import write_shifts
 from .store import (
@@ -372,14 +372,20 @@ def _logits(
 
 
 def _predict(logits: torch.Tensor, right: Sequence[Sequence[int]], unreadable: torch.Tensor) -> np.ndarray:
-    first = logits.topk(min(TOP, logits.shape[1])).indices.cpu()
-    ranks = [
-        [place for place, label in enumerate(row) if label in right[image]] for image, row in enumerate(first.tolist())
-    ]
-    predictions = np.empty(len(right), PREDICTION)
-    predictions['prediction'] = first[:, 0]
-    predictions['rank'] = [min(places, default=TOP) for places in ranks]
-    predictions[unreadable.numpy()] = (0, UNREADABLE)
+    first = logits.topk(min(TOP, logits.shape[1])).indices.tolist()
+    log_probabilities = logits.double().log_softmax(1).cpu().numpy()
+    predictions = np.zeros(len(right), PREDICTION)
+    for image, (row, labels) in enumerate(zip(first, right, strict=True)):
+        ranks = [rank for rank, label in enumerate(row) if label in labels]
+        predictions['prediction'][image], predictions['rank'][image] = row[0], min(ranks, default=TOP)
+    predictions['confidence'] = np.exp(log_probabilities.max(1))
+    if all(len(labels) == 1 for labels in right):
+        targets = np.array([label for labels in right for label in labels])
+        predictions['nll'] = negative_log_likelihoods(log_probabilities, targets)
+        predictions['brier'] = brier_scores(np.exp(log_probabilities), targets)
+    else:
+        predictions['nll'] = predictions['brier'] = np.nan
+    predictions[unreadable.numpy()] = (0, UNREADABLE, np.nan, np.nan, np.nan)
     return predictions
 
 

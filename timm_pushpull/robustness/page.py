@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .examples import ExampleImage
-from .metrics import COMPARISONS, KINDS, MEANS, words_of
-from .paired import CAVEAT, tell_apart, tenths, verdict
+from .metrics import CALIBRATION, COMPARISONS, KINDS, MEANS, words_of
+from .paired import CAVEAT, tell_apart, tenths, thousandths, verdict
 from .runs import MEASURES
 from .shifts import SHIFT_MEASURES
 from .summary import baseline_row, columns_of, measures_of, not_compared, view_differences
 
 __all__ = [
     'baseline_differences',
+    'calibration_table',
     'checkpoint_differences',
     'corruption_table',
     'document',
@@ -142,8 +143,9 @@ def _with_interval(row: Mapping[str, Any], measure: str) -> str:
     if row.get(measure, '') == '':
         return '–'
     value, low, high = (row[column] for column in columns_of(measure))
-    interval = '' if '' in (low, high) else f'{tenths(low)} to {tenths(high)}'
-    return f'{tenths(value)}<small>{interval}</small>'
+    words = thousandths if measure.endswith(('NLL', 'Brier')) else tenths
+    interval = '' if '' in (low, high) else f'{words(low)} to {words(high)}'
+    return f'{words(value)}<small>{interval}</small>'
 
 
 def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -196,6 +198,25 @@ def shifts_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for measure in _known(rows, SHIFT_MEASURES)
     )
     return f'{table(rows, ["model", "shift", "images", "classes"], list(SHIFT_MEASURES))}<dl>{definitions}</dl>'
+
+
+def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of the calibration, and what its columns hold.
+
+    Args:
+        rows: Rows of a summary, or of its means over training runs.
+
+    Returns:
+        HTML; '' if no row has a calibration, as of results of earlier versions.
+    """
+    known = _known([{**dict.fromkeys(CALIBRATION, ''), **row} for row in rows], CALIBRATION)
+    if not known:
+        return ''
+    definitions = ''.join(
+        f'<dt>{measure.replace("_", " ")}</dt><dd>{html.escape(CALIBRATION[measure])}</dd>' for measure in known
+    )
+    note = '' if 'runs' in rows[0] else '<p>ECE has no interval: it is larger on resampled images by construction.</p>'
+    return f'{table(rows, ["model"], known)}{note}<dl>{definitions}</dl>'
 
 
 RUNS_NOTE = 'Mean of the training runs, with the lowest and the highest run.'

@@ -23,7 +23,16 @@ from .summary import (
     severities_of,
 )
 
-__all__ = ['CAVEAT', 'checkpoint_pairs', 'paired_differences', 'read_verdicts', 'tell_apart', 'tenths', 'verdict']
+__all__ = [
+    'CAVEAT',
+    'checkpoint_pairs',
+    'paired_differences',
+    'read_verdicts',
+    'tell_apart',
+    'tenths',
+    'thousandths',
+    'verdict',
+]
 
 CAVEAT = 'This compares single checkpoints: other training runs may differ.'
 VERDICT_ON = {'E': 'the clean error', 'plain_mCE': 'plain mCE'}
@@ -156,6 +165,18 @@ def tenths(number: float) -> str:
         Number with one decimal.
     """
     return f'{round(number, 1) + 0.0:.1f}'  # 0.0 for -0.0
+
+
+def thousandths(number: float) -> str:
+    """Return a likelihood or a Brier score as pages show it.
+
+    Args:
+        number: Nats, or a score.
+
+    Returns:
+        Number with three decimals.
+    """
+    return f'{number:.3f}'
 
 
 def read_verdicts(folder: str | os.PathLike[str]) -> list[str]:

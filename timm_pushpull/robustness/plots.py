@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..drawing import COLORS, new_figure
 from .examples import ExampleImage
-from .metrics import CLEAN, KINDS, TEST_CORRUPTIONS, words_of
+from .metrics import CLEAN, KINDS, TEST_CORRUPTIONS, reliability_bins, words_of
 from .store import Predictions, readable_ranks
 from .summary import baseline_row, columns_of, model_of
 
@@ -27,9 +27,11 @@ __all__ = [
     'plot_examples',
     'plot_mce_against_clean_error',
     'plot_pairs',
+    'plot_reliability',
 ]
 
 MARKERS = 'osD^vPX<'  # one more than there are colours: the eighth model differs from the first
+FEWEST_PREDICTIONS = 20  # of a bin in the reliability diagram
 ZERO_LINE = 'R_net = 0'
 GAIN, LOSS, OPEN = COLORS[0], COLORS[1], '#999999'
 
@@ -151,6 +153,47 @@ def plot_error_by_severity(predictions: Predictions) -> 'Figure | None':
     figure.supxlabel('severity', fontsize=9)
     figure.supylabel('top-1 error, %', fontsize=9)
     _add_legend(figure, panels[0, 0])
+    return figure
+
+
+def plot_reliability(predictions: Predictions) -> 'Figure | None':
+    """Plot the accuracy of predictions against their confidence: on clean images, and over all test corruptions.
+
+    Args:
+        predictions: Predictions of the models. Several training runs of a model share a line, from all their
+            predictions.
+
+    Returns:
+        The figure, None if no predictions have a confidence, as those of earlier versions.
+    """
+    panels: dict[str, dict[str, list[np.ndarray]]] = {'clean': {}, 'corrupted': {}}
+    several = len({model_of(name) for name in predictions}) < len(predictions)
+    for name, passes in predictions.items():
+        for (corruption, _), array in passes.items():
+            known = array[~np.isnan(array['confidence'])]
+            if len(known) and corruption in (CLEAN, *TEST_CORRUPTIONS):
+                panel = panels['clean' if corruption == CLEAN else 'corrupted']
+                panel.setdefault(model_of(name) if several else name, []).append(known)
+    panels = {title: models for title, models in panels.items() if models}
+    if not panels:
+        return None
+    figure = new_figure(3.4)
+    names = list(dict.fromkeys(name for models in panels.values() for name in models))
+    for axes, (title, models) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        axes.plot([0, 1], [0, 1], color='#777', lw=1, ls='--')
+        for name, arrays in models.items():
+            array = np.concatenate(arrays)
+            bins = reliability_bins(array['confidence'], array['rank'] == 0)
+            _, confidence, accuracy = bins[bins[:, 0] >= FEWEST_PREDICTIONS].T
+            axes.plot(confidence, accuracy, lw=1.5, label=name, **_style(names.index(name)))
+        axes.set_title(title, fontsize=9)
+        axes.set_aspect('equal')
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        axes.grid(color='#ddd', lw=0.6)
+        axes.tick_params(labelsize=9)
+    figure.supxlabel('confidence', fontsize=9)
+    figure.supylabel('accuracy', fontsize=9)
+    _add_legend(figure, figure.axes[0])
     return figure
 
 

@@ -143,6 +143,7 @@ def _folder_section(part: _Part, output: Path, prefix: str, baseline: str | None
     paired = paired_differences(part.protocol, part.predictions, dict.fromkeys(compared))
     examples = read_examples(part.folder, part.predictions)
     figures = {
+        'reliability': plots.plot_reliability(part.predictions),
         'error_by_severity': plots.plot_error_by_severity(part.predictions),
         'examples': plots.plot_examples(examples[0], list(part.predictions)) if examples else None,
     }
@@ -205,6 +206,8 @@ def _tables_and_plots(
         'mce_against_clean_error': f'Plain mCE against the clean error, {spread}; {page.lower_left_note(shown)}',
         'error_by_corruption': f'Top-1 error by corruption, mean over the severities, {spread}.',
         'error_by_severity': 'Top-1 error by severity, mean over the corruptions of a kind; 0 is clean.',
+        'reliability': 'Accuracy of predictions by their confidence, in 15 bins of equal width, on clean images and '
+        'over all corruptions; below the line a model is too confident. Bins of fewer than 20 predictions are missing.',
     }
     figures = {
         'mce_against_clean_error': plots.plot_mce_against_clean_error(shown),
@@ -224,8 +227,14 @@ def _tables_and_plots(
         sections += ['<h2>Differences of checkpoints</h2>', page.checkpoint_differences(paired)]
     if found := [*find_pairs(pairs, [row['model'] for row in rows]).values()]:
         sections += _pair_sections(models, found, paired, output / f'{prefix}pairs.png')
+    if calibration := page.calibration_table(shown):
+        sections += ['<h2>Calibration</h2>', calibration]
+        figure = figures.get('reliability')
+        sections += _write_plot(figure, output / f'{prefix}reliability.png', captions['reliability'])
     sections.append('<h2>Where the errors are</h2>')
     for name, figure in figures.items():
+        if name == 'reliability':
+            continue
         sections += _write_plot(figure, output / f'{prefix}{name}.png', captions.get(name, ''))
     corruptions = plots.measured_corruptions(rows)
     sections.append(page.corruption_table(shown, corruptions))

@@ -21,6 +21,11 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
   - ``prediction``: index of the class with the highest logit, among the classes of the images;
   - ``rank``: rank of the right class among the five highest logits, 0 to 4; 5 if the right class is not among them;
     255 if the image could not be read;
+  - ``confidence``: probability of the prediction, the softmax over the classes of the images;
+  - ``nll`` and ``brier``: negative log-likelihood and Brier score of the image, see
+    :mod:`timm_pushpull.robustness.metrics`. These three are NaN if the image could not be read, and ``nll`` and
+    ``brier`` with ImageNet-ReaL labels, of which several may be right. Files of earlier versions lack the three; they
+    are read as NaN;
 
 - ``examples/CORRUPTION-SEVERITY-ROW.png``: a few images as the first model saw them; ROW is the row in ``images.csv``,
   from 0;
@@ -48,7 +53,9 @@ from ..files import atomic_write
 from .metrics import CLEAN, HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
 
 __all__ = [
+    'EARLIER_PREDICTION',
     'PREDICTION',
+    'PROBABILITIES',
     'TOP',
     'UNREADABLE',
     'Example',
@@ -73,7 +80,9 @@ __all__ = [
     'write_protocol',
 ]
 
-PREDICTION = np.dtype([('prediction', '<u2'), ('rank', 'u1')])
+EARLIER_PREDICTION = np.dtype([('prediction', '<u2'), ('rank', 'u1')])
+PROBABILITIES = ('confidence', 'nll', 'brier')
+PREDICTION = np.dtype([*EARLIER_PREDICTION.descr, *((field, '<f4') for field in PROBABILITIES)])
 TOP = 5
 UNREADABLE = 255
 Predictions = Mapping[str, Mapping[tuple[str, int], np.ndarray]]
@@ -350,13 +359,20 @@ def _pass_of(path: Path, words: str) -> tuple[str, int]:
 def _read_array(path: Path, images: int, classes: int, **_: Any) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
-        fits = array.dtype == PREDICTION and array.shape == (images,)
+        fits = array.dtype in (PREDICTION, EARLIER_PREDICTION) and array.shape == (images,)
     except (EOFError, OSError, ValueError):  # damaged
         fits = False
+    if fits and array.dtype == EARLIER_PREDICTION:
+        earlier, array = array, np.zeros(images, PREDICTION)
+        array[['prediction', 'rank']] = earlier
+        array[[*PROBABILITIES]] = np.nan, np.nan, np.nan
     if (
         not fits
         or (array['prediction'] >= classes).any()
         or not np.isin(array['rank'], (*range(TOP + 1), UNREADABLE)).all()
+        or any((array[field] < 0).any() for field in PROBABILITIES)
+        or (array['confidence'] > 1).any()
+        or (array['brier'] > 2).any()
     ):
         raise InputError(
             f'{path} does not hold predictions of {images} images and {classes} classes: delete it, and repeat the '

@@ -15,12 +15,14 @@ import numpy as np
 
 from ..errors import InputError
 from .metrics import (
+    CALIBRATION,
     CLEAN,
     COMPARISONS,
     MEANS,
     SEVERITIES,
     TEST_CORRUPTIONS,
     corruption_error,
+    expected_calibration_error,
     net_error_reduction,
     normalized_mce,
     plain_mce,
@@ -84,11 +86,12 @@ def measures_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         rows: Rows of a summary.
 
     Returns:
-        E, CE of each corruption, then the means.
+        E, CE of each corruption, the means, then the calibration, which summaries of earlier versions lack.
     """
     columns = dict.fromkeys(column for row in rows for column in row)
     errors = [column for column in columns if column.startswith('CE_') and not column.endswith(ENDS)]
-    return ['E', *errors, *(mean for mean in MEANS if mean != 'E')]
+    calibration = [measure for measure in CALIBRATION if measure in columns]
+    return ['E', *errors, *(mean for mean in MEANS if mean != 'E'), *calibration]
 
 
 def model_of(name: str) -> str:
@@ -278,8 +281,9 @@ def summarize(
 
     Returns:
         One row for each model with predictions: the columns of timm's result tables, the number of predictions missing
-        for unreadable images, then E, CE and means in percent, with ``_low`` and ``_high`` for the ends of their
-        intervals; '' where a value cannot be computed, or is a ratio to fewer than 20 errors of the baseline.
+        for unreadable images, then E, CE and means in percent and the ``CALIBRATION``, with ``_low`` and ``_high``
+        for the ends of their intervals; '' where a value cannot be computed, or is a ratio to fewer than 20 errors of
+        the baseline.
 
     Raises:
         ValueError: If the baseline is not among the models.
@@ -300,6 +304,7 @@ def summarize(
         with np.errstate(divide='ignore', invalid='ignore'):
             baseline_rates = rates.get(baseline_of(name, baseline, protocol['models']) or '')
             measures = _measures(rates[name], baseline_rates, severities, protocol['data'])
+        measures |= _calibration(passes, severities)
         for measure, values in measures.items():
             row |= interval_columns(measure, values)
         rows.append(row)
@@ -341,12 +346,15 @@ def interval_columns(measure: str, values: np.ndarray | None) -> dict[str, float
 
     Args:
         measure: Name of the measure.
-        values: Value on the images, then on each resample of the images; None if the measure cannot be computed.
+        values: Value on the images, then on each resample of the images, if there are any; None if the measure cannot
+            be computed.
 
     Returns:
         The columns of :func:`columns_of`, rounded to three decimals; '' where there is no finite number.
     """
-    numbers = [None] * 3 if values is None else [values[0], *_interval(values[1:])]
+    numbers = (
+        [None] * 3 if values is None else [values[0], *(_interval(values[1:]) if len(values) > 1 else (None, None))]
+    )
     return dict(zip(columns_of(measure), map(_rounded, numbers), strict=True))
 
 
@@ -475,6 +483,31 @@ def _measures(
                 mce, baseline_mce = plain_mce(errors), plain_mce(baseline_errors)
                 measures['R_net'] = net_error_reduction(rates.clean, mce, baseline.clean, baseline_mce)
     return measures
+
+
+def _calibration(passes: Mapping[tuple[str, int], np.ndarray], severities: Sequence[int]) -> dict[str, Any]:
+    """Compute the calibration of one model. ECE has no interval: resampled images have a larger one by construction."""
+    measures: dict[str, Any] = dict.fromkeys(CALIBRATION)
+    corrupted = [(name, severity) for name in TEST_CORRUPTIONS for severity in severities]
+    for prefix, keys in (('', [(CLEAN, 0)]), ('mean_', corrupted)):
+        if not keys or not passes.keys() >= set(keys):
+            continue
+        arrays = [passes[key] for key in keys]
+        readable = np.stack([array['rank'] != UNREADABLE for array in arrays], 1)
+        if any(np.isnan(array['confidence'][array['rank'] != UNREADABLE]).any() for array in arrays):
+            continue  # of an earlier version
+        errors = [
+            expected_calibration_error(array['confidence'], array['rank'] == 0) for array in map(_readable, arrays)
+        ]
+        measures[f'{prefix}ECE'] = np.array([100 * np.mean(errors)])
+        for name in ('NLL', 'Brier'):
+            values = np.where(readable, np.stack([array[name.lower()] for array in arrays], 1), 0)
+            measures[f'{prefix}{name}'] = resampled_means(values, readable.astype(np.float32)).mean(1)
+    return measures
+
+
+def _readable(predictions: np.ndarray) -> np.ndarray:
+    return predictions[predictions['rank'] != UNREADABLE]
 
 
 def _table_order(corruption: str) -> tuple[int, str]:
