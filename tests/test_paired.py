@@ -69,7 +69,8 @@ def test_an_image_that_one_model_could_not_read_counts_for_neither(tmp_path):
     row, back = differences(tmp_path, ('a', 'b'), ('b', 'a'))
     assert row['E'] == -back['E'] == pytest.approx(100 * (25 - 20) / 95, abs=1e-3)
     assert 0 < row['E_low'] < row['E'] < row['E_high']
-    write_predictions(predictions_path(tmp_path, 'a', 'clean', 0), np.full(100, UNREADABLE, PREDICTION))
+    predictions['rank'] = UNREADABLE
+    write_predictions(predictions_path(tmp_path, 'a', 'clean', 0), predictions)
     assert differences(tmp_path, ('a', 'b')) == []
 
 

@@ -676,11 +676,21 @@ def test_a_killed_worker_is_told_in_one_line(data, tmp_path, capsys, monkeypatch
         patch.setattr(views, 'corrupt', kill)
         assert main([*arguments, '--batch-size', '21']) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith('timm-pushpull: A process that reads images was killed (DataLoader worker (pid')
+    assert error.startswith('timm-pushpull: A process that reads images was killed (')
     assert 'repeat the command with fewer workers (--workers)' in error
     finished = contents(tmp_path / 'out' / 'predictions')
     assert finished and main(arguments) == 0
     assert finished.items() < contents(tmp_path / 'out' / 'predictions').items()
+
+
+@pytest.mark.parametrize('error', [ConnectionResetError(104, 'Connection reset by peer'), EOFError()])
+def test_a_killed_worker_may_be_noticed_by_its_pipe(error, data, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(views, 'corrupt', fail)
+    assert main(command(data, tmp_path, '--corruptions', 'fog', '--severities', '2', '--workers', '0')) == 1
+    assert 'A process that reads images was killed (' in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_limit_takes_images_of_each_class(data, tmp_path):

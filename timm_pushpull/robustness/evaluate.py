@@ -287,13 +287,13 @@ def _worker_errors() -> Iterator[None]:
     """Say what to do where the system kills a worker, most often for lack of memory."""
     try:
         yield
-    except RuntimeError as error:
-        if not re.match(r'DataLoader worker \(pid', str(error)):
+    except (ConnectionError, EOFError, RuntimeError) as error:  # the first two from the pipe of the worker
+        if isinstance(error, RuntimeError) and not re.match(r'DataLoader worker \(pid', str(error)):
             raise
+        cause = (str(error) or repr(error)).splitlines()[0].rstrip('.')
         raise WorkerKilledError(
-            f'A process that reads images was killed ({str(error).splitlines()[0].rstrip(".")}), most often because '
-            'memory ran out. Finished work is kept: repeat the command with fewer workers (--workers) or a smaller '
-            'batch (--batch-size).'
+            f'A process that reads images was killed ({cause}), most often because memory ran out. Finished work is '
+            'kept: repeat the command with fewer workers (--workers) or a smaller batch (--batch-size).'
         ) from error
 
 

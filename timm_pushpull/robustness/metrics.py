@@ -6,10 +6,12 @@ name, see ``MEANS``.
 """
 
 from collections.abc import Mapping
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np  # the command line reads the names of corruptions without it
 
 __all__ = [
     'ALEXNET_CORRUPTION_ERRORS',
@@ -184,7 +186,7 @@ def net_error_reduction(clean_error: float, mce: float, baseline_clean_error: fl
     return 100 * ((baseline_mce - mce) + (baseline_clean_error - clean_error)) / (2 * baseline_clean_error)
 
 
-def negative_log_likelihoods(log_probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def negative_log_likelihoods(log_probabilities: 'np.ndarray', targets: 'np.ndarray') -> 'np.ndarray':
     """Compute the negative log-likelihood of each image: ``-log p_y``.
 
     Args:
@@ -194,10 +196,12 @@ def negative_log_likelihoods(log_probabilities: np.ndarray, targets: np.ndarray)
     Returns:
         Nats (N,): 0 for certainty of the right class, log C for equal probabilities.
     """
+    import numpy as np
+
     return -log_probabilities[np.arange(len(targets)), targets]
 
 
-def brier_scores(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def brier_scores(probabilities: 'np.ndarray', targets: 'np.ndarray') -> 'np.ndarray':
     """Compute the Brier score of each image: ``sum_k (p_k - [k = y])^2`` over the classes k.
 
     Args:
@@ -207,11 +211,13 @@ def brier_scores(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
     Returns:
         Scores (N,): 0 for certainty of the right class, 2 for certainty of a wrong one.
     """
+    import numpy as np
+
     right = np.arange(probabilities.shape[1]) == np.asarray(targets)[:, None]
     return np.square(probabilities - right).sum(1)
 
 
-def reliability_bins(confidences: np.ndarray, correct: np.ndarray) -> np.ndarray:
+def reliability_bins(confidences: 'np.ndarray', correct: 'np.ndarray') -> 'np.ndarray':
     """Sort predictions into 15 bins by their confidence; bin b holds those in ``(b / 15, (b + 1) / 15]``.
 
     Args:
@@ -221,6 +227,8 @@ def reliability_bins(confidences: np.ndarray, correct: np.ndarray) -> np.ndarray
     Returns:
         Array (15, 3): number of predictions, their mean confidence and their accuracy; NaN for an empty bin.
     """
+    import numpy as np
+
     places = np.clip(np.ceil(np.asarray(confidences, float) * BINS).astype(int) - 1, 0, BINS - 1)
     count = np.bincount(places, minlength=BINS)
     with np.errstate(invalid='ignore'):
@@ -228,7 +236,7 @@ def reliability_bins(confidences: np.ndarray, correct: np.ndarray) -> np.ndarray
         return np.stack([count, *means], 1)
 
 
-def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray) -> float:
+def expected_calibration_error(confidences: 'np.ndarray', correct: 'np.ndarray') -> float:
     """Compute the ECE over the 15 bins of :func:`reliability_bins`.
 
     ``sum_b |B_b| / N * |accuracy(B_b) - confidence(B_b)|``, see https://arxiv.org/abs/1706.04599.
@@ -240,6 +248,8 @@ def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray) -> 
     Returns:
         Error, in [0, 1]; NaN without predictions.
     """
+    import numpy as np
+
     count, confidence, accuracy = reliability_bins(confidences, correct).T
     return float(np.nansum(count * np.abs(accuracy - confidence)) / count.sum()) if count.sum() else float('nan')
 
