@@ -320,10 +320,19 @@ def test_cells_of_a_table(format, written, tmp_path):
     check_format(format, spoiled, written, tmp_path)
 
 
+def test_the_row_of_a_wrong_cell_is_named(written, tmp_path):
+    folder = shutil.copytree(written[write_folder], tmp_path / 'folder')
+    path = folder / 'images.csv'
+    rows = path.read_text().splitlines()
+    path.write_text('\n'.join([*rows[:3], '2.png,2', *rows[4:]]))
+    with pytest.raises(InputError, match='images.csv, row 3: must be an image and the index of its class'):
+        read_images(folder)
+
+
 def test_arrays_of_predictions(written, tmp_path):
     whole = np.load(written[write_folder] / 'predictions' / 'a' / 'fog-3.npy')
     rank, prediction = whole.copy(), whole.copy()
-    rank['rank'][3], prediction['prediction'][9] = 6, 2
+    rank['rank'][8], prediction['prediction'][9] = 6, 2
     spoiled = []
     arrays = dict(
         short=whole[:9],

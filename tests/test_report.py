@@ -57,11 +57,12 @@ def write_finished(folder, errors=None, baseline='plain <1>', **protocol):
 
 
 class Page(html.parser.HTMLParser):
-    """Table rows, texts and image sources of a page."""
+    """Table rows, texts, image sources and headings of a page."""
 
     def __init__(self, path):
         super().__init__()
         self.rows, self.sources, self.texts = [], [], []
+        self.headings = re.findall('<h2>(.*?)</h2>', path.read_text())
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attributes):
@@ -106,6 +107,13 @@ def test_the_page_holds_the_figures_and_needs_no_other_file(tmp_path):
     )
     assert [text for text in page.texts if 'against plain' in text] == [sentence]
     assert page.row('points') == ['points  pp less plain <1>']
+    assert page.headings == [
+        'Measures',
+        'Differences of checkpoints',
+        'Where the errors are',
+        'Images and predictions',
+        'Protocol',
+    ]
 
 
 def test_a_difference_whose_interval_excludes_0_is_bold(tmp_path):
@@ -270,6 +278,13 @@ def test_pairs_have_their_differences_and_a_plot(tmp_path):
     assert page.row('E') == ['E  -50.0 -80.0 to -20.0']
     assert page.row('plain mCE') == ['plain mCE  20.0 0.0 to 50.0'] and page.row('CE fog') == [
         'CE fog  20.0 0.0 to 50.0'
+    ]
+    assert page.headings == [
+        'Over training runs',
+        'Differences of checkpoints',
+        'Differences of pairs',
+        'Where the errors are',
+        'Protocol',
     ]
     assert sum(text.startswith('plain@2 against alone, by these 10 images: ') for text in page.texts) == 1
     assert (tmp_path / 'page' / 'pairs.png').is_file() and len(page.sources) == 6
