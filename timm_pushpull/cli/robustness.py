@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
-from ..robustness.metrics import SEVERITIES, TEST_CORRUPTIONS
+from ..robustness.metrics import HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
 from .arguments import add_dataset_arguments, add_model_arguments, dataset_options, model_options, positive
 
 BASELINE_HELP = 'model that the others are compared with, or the name before the @ of training runs'
@@ -29,7 +29,12 @@ def add_to(commands: Any) -> None:
     )
     data = parser.add_argument_group('images')
     add_dataset_arguments(data, 'clean images; corruptions are generated from them')
-    data.add_argument('--stored', metavar='FOLDER', help='corrupted images, in the layout of ImageNet-C or CIFAR-10-C')
+    data.add_argument(
+        '--stored',
+        metavar='FOLDER',
+        help='corrupted images, in the layout of ImageNet-C or CIFAR-10-C; corruptions that ImageNet-C lacks, such as '
+        'those of ImageNet-C-bar and 3DCC, have a mean of their own',
+    )
     data.add_argument(
         '--shifted',
         nargs='+',
@@ -38,7 +43,11 @@ def add_to(commands: Any) -> None:
         help='naturally shifted images, such as imagenet-a=FOLDER: each set is measured beside the clean images',
     )
     data.add_argument(
-        '--corruptions', nargs='+', default=TEST_CORRUPTIONS, metavar='NAME', help='corruptions (the 15 of ImageNet-C)'
+        '--corruptions',
+        nargs='+',
+        default=TEST_CORRUPTIONS,
+        metavar='NAME',
+        help='corruptions, or all: those of --stored, else the 15 of ImageNet-C and 4 more (the 15)',
     )
     data.add_argument(
         '--severities', nargs='+', type=int, default=SEVERITIES, metavar='N', help='severities (1 2 3 4 5)'
@@ -89,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     from timm.data import resolve_data_config
     from timm.utils import init_distributed_device
 
-    from ..robustness.data import open_stored
+    from ..robustness.data import open_stored, stored_corruptions
     from ..robustness.evaluate import evaluate_robustness
     from ..robustness.inputs import load_models, open_dataset, refused_by_timm
 
@@ -98,6 +107,8 @@ def run(args: argparse.Namespace) -> None:
     dataset = stored = None
     if args.data_dir or args.dataset:
         dataset = open_dataset(**dataset_options(args))
+    if list(args.corruptions) == ['all']:
+        args.corruptions = stored_corruptions(args.stored) if args.stored else TEST_CORRUPTIONS + HELD_OUT_CORRUPTIONS
     if args.stored:
         stored = open_stored(args.stored, args.corruptions, args.severities, args.class_map)
     shifted = {}

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from ..class_lists import find_class_map
 from ..errors import InputError
 from .classes import check_folders, check_not_training, classes_without_images, numbers_sorted_as_text
+from .metrics import CLEAN, HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
 
 __all__ = [
     'DatasetImages',
@@ -20,6 +21,7 @@ __all__ = [
     'StoredFolders',
     'UnreadableImage',
     'open_stored',
+    'stored_corruptions',
     'stratified_indices',
 ]
 
@@ -127,6 +129,7 @@ class StoredFolders:
         class_map: Classes to keep and their indices, as ``--class-map`` of timm; '' for all folders in their order.
 
     Attributes:
+        passes: Corruptions and severities to read.
         targets: Class index of each image, the same for each corruption and severity.
         classes: Name of each class.
         names: File of each image, relative to the folder of the severity.
@@ -157,7 +160,10 @@ class StoredFolders:
             lacking = [severity for severity, path in paths.items() if not path.is_dir()]
             missing += [corruption] if not found.is_dir() else [f'{corruption}/{severity}' for severity in lacking]
         if missing:
-            raise InputError(f'{folder} lacks {", ".join(missing)}: name corruptions and severities that it has.')
+            raise InputError(
+                f'{folder} lacks {", ".join(missing)}: name corruptions and severities that it has, or all corruptions.'
+            )
+        self.passes = set(self._folders)
         first = next(iter(self._folders.values()))
         try:
             images = DatasetImages(ImageDataset(str(first), class_map=class_map))
@@ -194,6 +200,7 @@ class StoredArrays:
         corruptions: Names of the corruptions to read.
 
     Attributes:
+        passes: Corruptions and severities that the arrays hold.
         targets: Class index of each image, the same for each corruption and severity.
         classes: '' for each class: the layout has no names.
         names: Index of each image.
@@ -210,7 +217,7 @@ class StoredArrays:
         corruptions = list(corruptions)
         missing = [f'{name}.npy' for name in corruptions if not self._path(name).is_file()]
         if missing:
-            raise InputError(f'{folder} lacks {", ".join(missing)}: name corruptions that it has.')
+            raise InputError(f'{folder} lacks {", ".join(missing)}: name corruptions that it has, or all.')
         labels = self._array('labels')
         if labels.ndim != 1 or len(labels) % 5 or (labels.reshape(5, -1) != labels[: len(labels) // 5]).any():
             raise InputError(f'{self._path("labels")} must hold the same classes five times, once for each severity.')
@@ -221,6 +228,7 @@ class StoredArrays:
                     f'{self._path(name)} must hold {len(labels)} RGB images of 8 bits (N, H, W, 3), '
                     f'got {array.dtype} {array.shape}.'
                 )
+        self.passes = {(name, severity) for name in corruptions for severity in SEVERITIES}
         self.targets = [int(label) for label in labels[: len(labels) // 5]]
         self.classes = [''] * (max(self.targets) + 1)
         self.names = [str(index) for index in range(len(self.targets))]
@@ -249,6 +257,29 @@ class StoredArrays:
             raise InputError(f'{self._path(name)} is damaged, or holds no array of numbers.') from error
 
 
+def stored_corruptions(folder: str | os.PathLike[str]) -> list[str]:
+    """List the corruptions in a folder, in either layout of :func:`open_stored`.
+
+    Args:
+        folder: Folder of the corruptions.
+
+    Returns:
+        Their names: the 15 of ImageNet-C first, then the others in alphabetical order.
+
+    Raises:
+        ValueError: If the folder does not exist or holds no corruption.
+    """
+    if (Path(folder) / 'labels.npy').exists():
+        found = {path.stem for path in Path(folder).glob('*.npy')} - {'labels'}
+    else:
+        direct = {path.parent for path in Path(folder).glob('*/[1-5]/')}
+        of_kinds = {path.parent for path in Path(folder).glob('*/*/[1-5]/') if path.parent.parent not in direct}
+        found = {path.name for path in direct | of_kinds}
+    if not found:
+        raise InputError(f'stored must be a folder of corruptions, {folder} is not one.')
+    return sorted(found, key=lambda name: (name not in TEST_CORRUPTIONS, name not in HELD_OUT_CORRUPTIONS, name))
+
+
 def open_stored(
     folder: str | os.PathLike[str],
     corruptions: Iterable[str],
@@ -272,6 +303,9 @@ def open_stored(
     """
     if not Path(folder).is_dir():
         raise InputError(f'stored must be a folder of corruptions, {folder} is not one.')
+    corruptions = list(corruptions)
+    if CLEAN in corruptions:
+        raise InputError(f'corruptions must not be named {CLEAN}: give clean images as the dataset.')
     if not (Path(folder) / 'labels.npy').exists():
         return StoredFolders(folder, corruptions, severities, find_class_map(class_map, os.fspath(folder)))
     if class_map:

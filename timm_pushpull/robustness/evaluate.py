@@ -92,7 +92,7 @@ def evaluate_robustness(
             ``dataset``.
         shifted: Naturally shifted images by name, such as ImageNet-A, each as
             :func:`~timm_pushpull.open_dataset` returns them: measured beside the clean images, without corruptions.
-        corruptions: Names of corruptions.
+        corruptions: Names of corruptions: those that can be generated, or those with which ``stored`` was opened.
         severities: Severities, 1 to 5.
         limit: Number of images of each set, spread over the classes; None for all.
         seed: Seed of generated corruptions.
@@ -128,9 +128,12 @@ def evaluate_robustness(
         raise InputError('models must hold at least one model, got none.')
     if batch_size < 1:
         raise InputError(f'batch_size must be at least 1, got {batch_size}.')
-    for corruption in corruptions:
-        for severity in severities:
+    passes = [(corruption, severity) for corruption in corruptions for severity in severities]
+    for corruption, severity in passes:
+        if stored is None:
             check_corruption(corruption, severity)
+        elif (corruption, severity) not in stored.passes:
+            raise InputError(f'stored must be opened with {corruption} at severity {severity}.')
     if dataset is None and stored is None:
         raise InputError('dataset must be given unless stored is, got None for both.')
     clean = None if dataset is None else DatasetImages(dataset)
@@ -151,8 +154,8 @@ def evaluate_robustness(
         raise InputError(f'data_configs must have an entry for each model, {", ".join(missing)} has none.')
     data_configs = {name: data_configs[name] for name in models}
     run = _Run(models, data_configs, torch.device(device), batch_size, workers, amp_dtype, progress)
-    passes = [(CLEAN, 0)] if clean is not None else []
-    passes += [(corruption, severity) for corruption in corruptions for severity in severities]
+    if clean is not None:
+        passes = [(CLEAN, 0), *passes]
     views = Views(clean, stored, seed, data_configs, skip_unreadable)
     source = describe_corruptions(stored, seed)
     sets = [_prepare(run, folder, views, passes, source, limit, valid_labels, real_labels)]

@@ -53,6 +53,7 @@ def read_examples(folder: str | os.PathLike[str], predictions: Predictions) -> l
         return []
     images, classes = read_images(folder), _class_labels(folder)
     order = [CLEAN, *(name for names in KINDS.values() for name in names)]
+    order += sorted({file.corruption for file in files} - {*order})
     examples: dict[int, ExampleImage] = {}
     for row, corruption, severity, path in sorted(files, key=lambda file: (file.row, order.index(file.corruption))):
         name, target = images[row]

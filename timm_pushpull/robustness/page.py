@@ -136,7 +136,7 @@ def table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], measures: Se
 
 
 def _known(rows: Sequence[Mapping[str, Any]], measures: Iterable[str]) -> list[str]:
-    return [name for name in measures if any(row[name] != '' for row in rows)]
+    return [name for name in measures if any(row.get(name, '') != '' for row in rows)]
 
 
 def _with_interval(row: Mapping[str, Any], measure: str) -> str:
@@ -209,7 +209,7 @@ def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         HTML; '' if no row has a calibration, as of results of earlier versions.
     """
-    known = _known([{**dict.fromkeys(CALIBRATION, ''), **row} for row in rows], CALIBRATION)
+    known = _known(rows, CALIBRATION)
     if not known:
         return ''
     definitions = ''.join(

@@ -12,7 +12,7 @@ from ..drawing import COLORS, new_figure
 from .examples import ExampleImage
 from .metrics import CLEAN, KINDS, TEST_CORRUPTIONS, reliability_bins, words_of
 from .store import Predictions, readable_ranks
-from .summary import baseline_row, columns_of, model_of
+from .summary import baseline_row, columns_of, measures_of, model_of, other_corruptions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,9 +88,10 @@ def plot_error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | Non
         errors, spread = _with_spread(row, [f'CE_{name}' for _, name in lines])
         heights = [height for height, _ in lines]
         axes.errorbar(errors, heights, xerr=spread, linestyle='', lw=1, label=row['model'], **_style(number))
-    for kind in KINDS.values():
-        if kind[0] in names and names.index(kind[0]):
-            axes.axhline(names.index(kind[0]) - 0.5, color='#999', lw=0.8)
+    kinds = [next((kind for kind, members in KINDS.items() if name in members), 'other') for name in names]
+    for place in range(1, len(names)):
+        if kinds[place] != kinds[place - 1]:
+            axes.axhline(place - 0.5, color='#999', lw=0.8)
     axes.set_yticks(range(len(names)), [words_of(name) for name in names], fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel('top-1 error, %', fontsize=9)
@@ -108,9 +109,10 @@ def measured_corruptions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         rows: Rows of a summary.
 
     Returns:
-        Names, the test corruptions first.
+        Names, the test corruptions first, those that ImageNet-C lacks last.
     """
-    names = [name for kind in KINDS.values() for name in kind]
+    measured = [name.removeprefix('CE_') for name in measures_of(rows) if name.startswith('CE_')]
+    names = dict.fromkeys([*(name for kind in KINDS.values() for name in kind), *measured])
     return [name for name in names if any(row.get(f'CE_{name}', '') != '' for row in rows)]
 
 
@@ -125,6 +127,7 @@ def plot_error_by_severity(predictions: Predictions) -> 'Figure | None':
     """
     measured = {corruption for passes in predictions.values() for corruption, _ in passes}
     kinds = {kind: [name for name in names if name in measured] for kind, names in KINDS.items()}
+    kinds['other'] = other_corruptions(predictions)
     kinds = {kind: names for kind, names in kinds.items() if names}
     if set(TEST_CORRUPTIONS) <= measured:
         kinds = {'all 15': list(TEST_CORRUPTIONS), **kinds}

@@ -16,7 +16,7 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
 - ``images.csv``: one row for each image: ``image`` (its name) and ``class`` (its class index);
 - ``classes.csv``: one row for each class: ``class`` (its index), ``name``, and its number of ``images``;
 - ``predictions/MODEL/CORRUPTION-SEVERITY.npy``: one element for each row of ``images.csv``, of type ``PREDICTION``.
-  Clean images have the name ``clean-0``. Fields:
+  Clean images have the name ``clean-0``; stored corruptions keep the names of their folders. Fields:
 
   - ``prediction``: index of the class with the highest logit, among the classes of the images;
   - ``rank``: rank of the right class among the five highest logits, 0 to 4; 5 if the right class is not among them;
@@ -340,18 +340,19 @@ def read_predictions(folder: str | os.PathLike[str]) -> dict[str, dict[tuple[str
         raise InputError(f'{Path(folder) / "protocol.json"} names no model with the predictions {unknown[0]}.')
     return {
         name: {
-            _pass_of(path, path.stem): _read_array(path, **protocol['data'])
+            _pass_of(path, path.stem, protocol): _read_array(path, **protocol['data'])
             for path in sorted(folders[name].glob('*.npy'))
         }
         for name in protocol['models']
     }
 
 
-def _pass_of(path: Path, words: str) -> tuple[str, int]:
-    """Read the corruption and the severity in the name of a file."""
+def _pass_of(path: Path, words: str, protocol: Mapping[str, Any]) -> tuple[str, int]:
+    """Read the corruption and the severity in the name of a file; stored corruptions may have any name."""
     corruption, _, severity = words.rpartition('-')
     severities = '0' if corruption == CLEAN else ' '.join(map(str, SEVERITIES))
-    if corruption not in (CLEAN, *TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS) or severity not in severities.split():
+    known = corruption in (CLEAN, *TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS)
+    if not (known or (corruption and 'stored_as' in protocol['corruptions'])) or severity not in severities.split():
         raise InputError(f'{path} is not named by a corruption and a severity: move it out of the results.')
     return corruption, int(severity)
 
@@ -430,12 +431,12 @@ def find_examples(folder: str | os.PathLike[str]) -> list[Example]:
     Raises:
         ValueError: If a file is no file of these results.
     """
-    found, images = [], read_protocol(folder)['data']['images']
+    found, protocol = [], read_protocol(folder)
     for path in Path(folder).glob('examples/*.png'):
         words, _, row = path.stem.rpartition('-')
-        if not row.isdecimal() or int(row) >= images:
+        if not row.isdecimal() or int(row) >= protocol['data']['images']:
             raise InputError(f'{path} is not named by the row of an image: move it out of the results.')
-        found.append(Example(int(row), *_pass_of(path, words), path))
+        found.append(Example(int(row), *_pass_of(path, words, protocol), path))
     return found
 
 

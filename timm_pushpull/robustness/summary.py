@@ -18,6 +18,7 @@ from .metrics import (
     CALIBRATION,
     CLEAN,
     COMPARISONS,
+    HELD_OUT_CORRUPTIONS,
     MEANS,
     SEVERITIES,
     TEST_CORRUPTIONS,
@@ -48,6 +49,7 @@ __all__ = [
     'measures_of',
     'model_of',
     'not_compared',
+    'other_corruptions',
     'read_baseline',
     'read_summary',
     'resampled_means',
@@ -90,8 +92,8 @@ def measures_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     columns = dict.fromkeys(column for row in rows for column in row)
     errors = [column for column in columns if column.startswith('CE_') and not column.endswith(ENDS)]
-    calibration = [measure for measure in CALIBRATION if measure in columns]
-    return ['E', *errors, *(mean for mean in MEANS if mean != 'E'), *calibration]
+    optional = [measure for measure in ('other_mCE', *CALIBRATION) if measure in columns]
+    return ['E', *errors, *(mean for mean in MEANS if mean not in ('E', 'other_mCE')), *optional]
 
 
 def model_of(name: str) -> str:
@@ -291,7 +293,7 @@ def summarize(
     check_baseline(baseline, protocol['models'])
     predictions = {name: passes for name, passes in predictions.items() if passes}
     rates = _error_rates(predictions)
-    severities = severities_of(predictions)
+    severities, others = severities_of(predictions), other_corruptions(predictions)
     rows = []
     for name, passes in predictions.items():
         details = protocol['models'][name]
@@ -303,7 +305,7 @@ def summarize(
         row['baseline'] = baseline or ''
         with np.errstate(divide='ignore', invalid='ignore'):
             baseline_rates = rates.get(baseline_of(name, baseline, protocol['models']) or '')
-            measures = _measures(rates[name], baseline_rates, severities, protocol['data'])
+            measures = _measures(rates[name], baseline_rates, severities, others, protocol['data'])
         measures |= _calibration(passes, severities)
         for measure, values in measures.items():
             row |= interval_columns(measure, values)
@@ -323,6 +325,19 @@ def severities_of(predictions: Predictions) -> list[int]:
     return sorted({severity for passes in predictions.values() for _, severity in passes if severity})
 
 
+def other_corruptions(predictions: Predictions) -> list[str]:
+    """Name the corruptions that ImageNet-C lacks.
+
+    Args:
+        predictions: Predictions of all models.
+
+    Returns:
+        Names, in alphabetical order.
+    """
+    measured = {corruption for passes in predictions.values() for corruption, _ in passes}
+    return sorted(measured - {CLEAN, *TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS})
+
+
 def resampled_measures(
     predictions: Predictions, severities: Sequence[int], data: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
@@ -338,7 +353,8 @@ def resampled_measures(
         mean that cannot be computed. All models share the resamples.
     """
     rates = _error_rates(predictions)
-    return {name: _measures(rates[name], None, severities, data) for name in predictions}
+    others = other_corruptions(predictions)
+    return {name: _measures(rates[name], None, severities, others, data) for name in predictions}
 
 
 def interval_columns(measure: str, values: np.ndarray | None) -> dict[str, float | str]:
@@ -461,7 +477,11 @@ def _accuracy(clean: np.ndarray | None) -> dict[str, Any]:
 
 
 def _measures(
-    rates: _Rates, baseline: _Rates | None, severities: Sequence[int], data: Mapping[str, Any]
+    rates: _Rates,
+    baseline: _Rates | None,
+    severities: Sequence[int],
+    others: Sequence[str],
+    data: Mapping[str, Any],
 ) -> dict[str, Any]:
     errors = rates.corruption_errors(severities)
     complete = errors.keys() >= set(TEST_CORRUPTIONS)
@@ -482,6 +502,10 @@ def _measures(
             if round(baseline.clean[0] * data['images'], 6) >= FEWEST_ERRORS:
                 mce, baseline_mce = plain_mce(errors), plain_mce(baseline_errors)
                 measures['R_net'] = net_error_reduction(rates.clean, mce, baseline.clean, baseline_mce)
+    if others:
+        errors_of_others = [errors[name] for name in others if name in errors]
+        is_whole = len(errors_of_others) == len(others)
+        measures['other_mCE'] = 100 * np.mean(errors_of_others, 0) if is_whole else None
     return measures
 
 
