@@ -13,7 +13,7 @@ from timm_pushpull.cli import main
 from timm_pushpull.robustness.report import write_report
 from timm_pushpull.robustness.shifts import shift_rows
 from timm_pushpull.robustness.store import (
-    PREDICTION,
+    EARLIER_PREDICTION,
     UNREADABLE,
     find_shifted,
     predictions_path,
@@ -37,7 +37,7 @@ def write_shift(folder, name, ranks, classes):
         protocol['corruptions'] = {'shift': name}
         (path / 'protocol.json').write_text(json.dumps(protocol))
     write_image_table(path, map(str, range(len(ranks))), [0] * len(ranks), classes)
-    predictions = np.zeros(len(ranks), PREDICTION)
+    predictions = np.zeros(len(ranks), EARLIER_PREDICTION)
     predictions['rank'] = ranks
     write_predictions(predictions_path(path, 'a', 'clean', 0), predictions)
     return path

@@ -61,7 +61,8 @@ figure img { width: 100%; max-width: 36rem; height: auto; }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
 .protocol { font-size: .85rem; } .protocol td { text-align: left; max-width: 18rem; }
 @media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding-right: .45rem; }
-                            th { max-width: 7rem; overflow-wrap: anywhere; } .wide { max-width: 100%; }
+                            th { min-width: 3.6rem; max-width: 7rem; overflow-wrap: anywhere; }
+                            .wide { max-width: 100%; }
                             .wide th:first-child, .wide td:first-child { min-width: 6rem; max-width: 6rem; } }
 @media print { body { max-width: none; font-size: 10pt; } figure, .strip div { break-inside: avoid; }
                figure img { max-width: 11cm; } h2 { break-after: avoid; }

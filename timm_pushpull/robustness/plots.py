@@ -180,7 +180,7 @@ def plot_reliability(predictions: Predictions) -> 'Figure | None':
     panels = {title: models for title, models in panels.items() if models}
     if not panels:
         return None
-    figure = new_figure(3.4)
+    figure = new_figure(2.9)
     names = list(dict.fromkeys(name for models in panels.values() for name in models))
     for axes, (title, models) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         axes.plot([0, 1], [0, 1], color='#777', lw=1, ls='--')
@@ -188,7 +188,7 @@ def plot_reliability(predictions: Predictions) -> 'Figure | None':
             array = np.concatenate(arrays)
             bins = reliability_bins(array['confidence'], array['rank'] == 0)
             _, confidence, accuracy = bins[bins[:, 0] >= FEWEST_PREDICTIONS].T
-            axes.plot(confidence, accuracy, lw=1.5, label=name, **_style(names.index(name)))
+            axes.plot(confidence, accuracy, lw=1.5, label=name, clip_on=False, **_style(names.index(name)))
         axes.set_title(title, fontsize=9)
         axes.set_aspect('equal')
         axes.set(xlim=(0, 1), ylim=(0, 1))
