@@ -21,7 +21,7 @@ from hub_server import TOKEN
 from safetensors.torch import load_file, save
 
 from timm_pushpull.hub.recipes import list_recipes, read_recipe
-from timm_pushpull.hub.registry import CHECKSUM, HUB_ORG, model_folders, read_hub_models
+from timm_pushpull.hub.registry import CHECKSUM, HUB_ORG, hub_configs, model_folders, read_hub_models
 from timm_pushpull.hub.weights import WEIGHTS, fetch_weights, file_sha256
 from timm_pushpull.models.pretrained import HUB_MODELS
 
@@ -70,7 +70,7 @@ def test_each_folder_is_registered():
         assert {key: getattr(cfg, key) for key in fields} == fields
         assert cfg.hf_hub_id == f'{HUB_ORG}/{name}'
         assert model.sha256 == file_sha256(FOLDER.parent / name / WEIGHTS)
-        assert model.weights == FOLDER.parent / name / WEIGHTS
+        assert model.weights == hub_configs() / name / WEIGHTS
 
 
 @pytest.mark.parametrize('name', HUB_MODELS)

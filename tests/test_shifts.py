@@ -140,7 +140,7 @@ def test_the_page_has_the_shifts(tmp_path):
     page = Page(write_report([tmp_path, tmp_path], tmp_path / 'page'))
     head, row = page.row('model')[1], page.row('a')[1]
     assert head.split('  ') == ['model', 'shift', 'images', 'classes', 'top1 err', 'top5 err', 'drop']
-    assert row.split('  ')[1:4] == ['sketch <1>', '10', '2'] and len(page.row('a')) == 3  # and calibration
+    assert row.split('  ')[1:4] == ['sketch <1>', '10', '2'] and len(page.row('a')) == 2
     assert [cell.split()[0] for cell in row.split('  ')[4:]] == ['40.0', '30.0', '30.0']
     alone = Page(write_report([shifted_folder(tmp_path, 'sketch <1>')], tmp_path / 'alone'))
     assert any('natural shift sketch <1>, without corruptions' in text for text in alone.texts)

@@ -168,7 +168,7 @@ def create_push_pull(
 def _read_weights(cfg: PretrainedCfg) -> dict[str, Any] | None:
     """Read the weights; None for those in a format of their own, and for those that timm downloads by address."""
     if cfg.source == 'local-dir':
-        return dict(load_state_dict_from_path(cfg.file or ''))
+        return dict(load_state_dict_from_path(Path(cfg.file or '')))
     if cfg.state_dict:
         return dict(cfg.state_dict)
     return dict(load_state_dict(cfg.file)) if cfg.file and not cfg.custom_load else None
