@@ -8,7 +8,13 @@ from timm.data import ImageNetInfo, create_dataset
 
 from timm_pushpull import evaluate_robustness, open_dataset
 from timm_pushpull.class_lists import find_class_map
-from timm_pushpull.robustness.classes import check_labels, is_imagenet_1k
+from timm_pushpull.robustness.classes import (
+    check_labels,
+    describe_targets,
+    is_imagenet_1k,
+    list_some,
+    numbers_sorted_as_text,
+)
 from timm_pushpull.robustness.data import DatasetImages, open_stored
 from timm_pushpull.robustness.store import read_csv, read_protocol
 
@@ -98,13 +104,28 @@ def test_a_folder_without_images_is_refused_where_it_would_shift_the_classes(lef
         assert images.notes[0].startswith(f'Files left out in {colours}: 2 (.bmp, .txt), because images end in .jpeg, ')
 
 
+@pytest.mark.parametrize('empty', ['3', '20'])
+def test_an_empty_folder_is_found_among_numbers_and_links(empty, tmp_path):
+    folder = write_images(tmp_path / 'data', ['1', '2', '10'])
+    (write_images(tmp_path / 'elsewhere', ['11']) / '11').rename(tmp_path / 'linked')
+    (folder / '11').symlink_to(tmp_path / 'linked')
+    (folder / empty).mkdir()
+    with pytest.raises(ValueError, match=f'data/{empty} holds no image'):
+        DatasetImages(create_dataset('', root=str(folder)))
+
+
+def test_many_names_are_shortened():
+    assert list_some('abcd') == 'a, b, c, d' and list_some('abcde') == 'a, b, c, 2 more'
+    assert describe_targets(['a', ''], [0, 1, 1]) == '3 images of 2 classes, 1 to 2 of each.'
+
+
 def test_a_class_map_that_leaves_out_images_is_told(tmp_path):
-    folder = write_images(tmp_path / 'data', [f'class{index}' for index in range(7)])
+    folder = write_images(tmp_path / 'data', [f'class{index}' for index in range(5, 12)])
     Image.new('RGB', (32, 32)).save(folder / 'image.png')
-    images = DatasetImages(create_dataset('', root=str(folder), class_map={'class5': 0, 'class9': 1}))
+    images = DatasetImages(create_dataset('', root=str(folder), class_map={'class5': 0, 'class99': 1}))
     assert images.notes == [
-        'Folders of images that the class map leaves out: 6 (class0, class1, class2, 3 more).',
-        'Classes without images: 1 of 2 (class9).',
+        'Folders of images that the class map leaves out: 6 (class6, class7, class8, 3 more).',
+        'Classes without images: 1 of 2 (class99).',
     ]
 
 
@@ -130,6 +151,7 @@ def test_numbers_in_the_order_of_text_are_told(tmp_path):
     assert by_number.notes == []
     by_map = DatasetImages(create_dataset('', root=root, class_map={'10': 0, '1': 1, '2': 2}))
     assert by_map.notes == []  # neither order
+    assert numbers_sorted_as_text(['1', '10', '2', 'x']) == ''  # not only numbers
 
 
 def test_a_class_may_lie_deeper_and_a_class_map_may_leave_an_empty_folder_out(tmp_path):
@@ -190,6 +212,7 @@ def test_imagenet_is_known_by_its_classes():
     assert not is_imagenet_1k(synsets[:999]) and not is_imagenet_1k([*synsets[:999], 'n99999999'])
     assert not is_imagenet_1k(words[::-1]) and not is_imagenet_1k([''] * 1000)
     assert not is_imagenet_1k([str(index) for index in range(1000)])
+    assert not is_imagenet_1k([words[0], *words[:0:-1]])
 
 
 def test_only_imagenet_is_divided_by_alexnets_errors(tmp_path):

@@ -22,10 +22,12 @@ from test_hub import FOLDER, NAME
 from timm_pushpull.class_lists import find_class_map
 from timm_pushpull.cli import main
 from timm_pushpull.hub.card import Evaluation, _description, _results
+from timm_pushpull.hub.export import _label_config, _labels, _read_evaluation, _without_paths
 from timm_pushpull.hub.recipes import read_recipe, recipe_text
 from timm_pushpull.hub.registry import CARD, CHECKSUM, CONFIG, RECIPE, hub_configs, read_checksum
 from timm_pushpull.hub.weights import WEIGHTS, file_sha256
 from timm_pushpull.models.pretrained import HUB_MODELS
+from timm_pushpull.robustness.evaluate import evaluate_robustness
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 
 CLASSES = ['n01440764', 'n02102040']
@@ -112,6 +114,7 @@ def test_export(run, exported, capsys):
     found = {key: model.pretrained_cfg[key] for key in expected}
     assert {**found, 'input_size': list(found['input_size'])} == expected
     assert 'augment' not in (exported / CONFIG).read_text()
+    assert (exported / WEIGHTS).stat().st_mode == (exported / CONFIG).stat().st_mode
     recipe = yaml.safe_load((exported / RECIPE).read_text())
     assert recipe == {key: value for key, value in OPTIONS.items() if key not in ('data_dir', 'output')}
     assert main(['hub', 'check', str(exported)]) == 0
@@ -119,7 +122,8 @@ def test_export(run, exported, capsys):
 
 
 def test_averaged_weights(run, tmp_path, capsys):
-    folder = export(run, tmp_path, '--use-ema')
+    folder = export(run, tmp_path, '--use-ema', '--org', 'me')
+    assert f"'hf-hub:me/{TAG}'" in (folder / CARD).read_text()
     checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
     assert torch.equal(load_file(folder / WEIGHTS)['fc.bias'], checkpoint['state_dict_ema']['fc.bias'])
     assert 'running average' in (folder / CARD).read_text()
@@ -149,6 +153,7 @@ def test_the_effect_of_rounding(dtype, run, data, tmp_path):
     right = [CLASSES[place] == name for place, (_, name) in zip(logits.argmax(1).tolist(), images, strict=True)]
     assert after == 100 * sum(right) / len(right) and 0 <= before <= 100
     config = json.loads((folder / CONFIG).read_text())
+    assert "['label_descriptions'][name] for name" in (folder / CARD).read_text()
     assert config['label_names'] == CLASSES and 'tench' in config['label_descriptions'][CLASSES[0]]
 
 
@@ -232,6 +237,24 @@ def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
     folder = export(run, tmp_path / 'half', '--dtype', 'float16', '--results', str(tmp_path / 'results'))
     card = ModelCard.load(folder / CARD)
     assert 'The weights were measured before rounding' in card.text and card.data.eval_results is None
+
+
+def test_the_evaluation_of_a_checkpoint_has_its_baseline(data, tmp_path):
+    nets = {name: timm.create_model('test_resnet', num_classes=2).eval() for name in ('ours', 'plain')}
+    images = timm.data.create_dataset('', root=str(data / 'val'))
+    evaluate_robustness(nets, tmp_path / 'out', images, corruptions=(), baseline='plain')
+    evaluation = _read_evaluation(tmp_path / 'out', 'x', nets['ours'], nets['ours'])
+    assert (evaluation.row['model'], evaluation.baseline['model']) == ('ours', 'plain')
+
+
+def test_names_of_classes_in_a_configuration():
+    assert _label_config([]) == _label_config(['n01440764', '']) == {}
+    assert _label_config(['a', 'b']) == {'label_names': ['a', 'b']}
+    assert _labels({}, 1000)[:2] == ['n01440764', 'n01443537'] and _labels({}, 10) == []
+
+
+def test_a_recipe_has_no_option_of_one_machine():
+    assert _without_paths({'workers': 3, 'data_dir': 'data', 'teacher': '/x.pth', 'opt': 'sgd'}) == {'opt': 'sgd'}
 
 
 def test_the_card_shows_the_baseline_beside_the_model():

@@ -13,7 +13,7 @@ from test_results import FIVE, write_results
 
 from timm_pushpull.cli import main
 from timm_pushpull.files import atomic_write
-from timm_pushpull.robustness import page, summary
+from timm_pushpull.robustness import page, plots, summary
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 from timm_pushpull.robustness.plots import (
     _style,
@@ -162,6 +162,7 @@ def test_the_page_has_the_predictions_for_the_examples(tmp_path):
     predictions['prediction'][4] = predictions['rank'][4] = 1
     write_predictions(predictions_path(folder, 'pp', 'fog', 3), predictions)
     texts = Page(write_report([folder], tmp_path / 'page')).texts
+    assert [texts.count(name) for name in ('plain <1>: ', 'pp: ')] == [2, 2]
     # Image 4 is of class 0, a tench. The fixture has it wrong in the fog for the other model, by its rank.
     assert texts.count('✓\u00a0tench') == 2 and texts.count('✗\u00a0English springer') == 1
 
@@ -169,11 +170,14 @@ def test_the_page_has_the_predictions_for_the_examples(tmp_path):
 def test_models_of_one_protocol_share_a_table_and_others_do_not(tmp_path):
     one = write_finished(tmp_path / 'one')
     same = write_finished(tmp_path / 'same', {'third': (1, 2)}, baseline=None)
+    fields = dict(reversed(read_protocol(same).items()))
+    atomic_write(same / 'protocol.json', json.dumps(fields).encode())  # the order of the fields does not count
     path = write_report([one, same], tmp_path / 'together')
     assert Page(path).row('CE, %') == ['CE, %  plain <1>  pp  third']
     other = write_finished(tmp_path / 'other', {'third': (1, 2)}, baseline=None, seed=1)
-    page = Page(write_report([one, other], tmp_path / 'apart'))
-    assert page.row('CE, %') == ['CE, %  plain <1>  pp', 'CE, %  third']
+    page = Page(write_report([one, same, other], tmp_path / 'apart'))
+    assert {'Part 1: one, same', 'Part 2: other'} <= {*page.texts}
+    assert page.row('CE, %') == ['CE, %  plain <1>  pp  third', 'CE, %  third']
     assert {f'{part}-{name}' for part in (1, 2) for name in PLOTS} <= {p.name for p in path.parent.parent.rglob('*')}
 
 
@@ -261,7 +265,9 @@ def test_a_single_run_of_the_baseline_has_no_line_of_zero_gain(tmp_path):
         assert any('(R_net = 0); below the line' in text for text in page.texts) == is_drawn
 
 
-def test_pairs_have_their_differences_and_a_plot(tmp_path):
+def test_pairs_have_their_differences_and_a_plot(tmp_path, monkeypatch):
+    intervals = []  # of plain mCE, for the colours of the arrows
+    monkeypatch.setattr(plots, 'plot_pairs', lambda means, ends: intervals.append(ends) or plot_pairs(means, ends))
     errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@2': (2, 7), 'pp@3': (7, 7), 'pp@x': (9, 7), 'alone': (9, 4)}
     folder = write_finished(tmp_path / 'results', errors, baseline=None)
     pairs = ['plain:pp', 'pp:plain', 'alone:plain@2', 'plain:pp']
@@ -288,6 +294,7 @@ def test_pairs_have_their_differences_and_a_plot(tmp_path):
     ]
     assert sum(text.startswith('plain@2 against alone, by these 10 images: ') for text in page.texts) == 1
     assert (tmp_path / 'page' / 'pairs.png').is_file() and len(page.sources) == 6
+    assert np.ravel(intervals).tolist() == pytest.approx([-48.5, 78.5, -78.5, 48.5, 0, 50], abs=0.05)
     summary = Page(write_report([folder / 'summary.csv'], tmp_path / 'summary', pairs=pairs))
     assert summary.row('plain → pp') == page.row('plain → pp') and not summary.row('points')  # needs predictions
     assert summary.row('alone → plain@2')[0].split() == ['alone', '→', 'plain@2', '1,', '1', '-50.0', *['20.0'] * 5]

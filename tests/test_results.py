@@ -9,9 +9,12 @@ from timm_pushpull.robustness.store import (
     EARLIER_PREDICTION,
     PREDICTION,
     UNREADABLE,
+    differences,
+    lock,
     predictions_path,
     read_csv,
     read_protocol,
+    write_csv,
     write_predictions,
 )
 from timm_pushpull.robustness.summary import (
@@ -196,6 +199,29 @@ def test_a_summary_that_names_a_model_twice_is_refused(tmp_path):
     path.write_text(path.read_text() + path.read_text().splitlines()[-1] + '\n')
     with pytest.raises(ValueError, match='summary.csv names b twice'):
         read_summary(path)
+
+
+def test_a_table_keeps_its_cells(tmp_path):
+    rows = [{'a': 'x\ry\r\nz', 'b': 'with, comma'}, {'a': '', 'b': '"'}]
+    write_csv(tmp_path / 'table.csv', rows)
+    assert read_csv(tmp_path / 'table.csv', 'a') == rows
+    assert (tmp_path / 'table.csv').read_bytes().startswith(b'a,b\n')
+
+
+def test_a_field_that_one_protocol_lacks_differs():
+    here = {'models': {'a': {'mean': 1, 'std': 2}}, 'seed': 3}
+    assert list(differences({'seed': 3}, here)) == [('models', None, here['models'])]
+    assert list(differences(here, {'models': {'a': {'std': 4}}})) == [
+        ('models.a.mean', 1, None),
+        ('models.a.std', 2, 4),
+        ('seed', 3, None),
+    ]
+
+
+def test_a_new_folder_can_be_locked_twice(tmp_path):
+    for _ in range(2):
+        with lock(tmp_path / 'new' / 'results'):
+            assert (tmp_path / 'new' / 'results').is_dir()
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
