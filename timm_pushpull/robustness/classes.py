@@ -27,8 +27,7 @@ __all__ = [
 
 def list_some(names: Sequence[str]) -> str:
     """List names, the first three of many."""
-    more = [f'{len(names) - 3:,} more'] if len(names) > 4 else []
-    return ', '.join([*names[: 3 if more else 4], *more])
+    return ', '.join(names if len(names) <= 4 else [*names[:3], f'{len(names) - 3:,} more'])
 
 
 def check_not_training(root: str, files: Iterable[str], split: str = 'other split') -> None:
