@@ -10,14 +10,14 @@ from test_results import FIVE, write_results
 from timm_pushpull import evaluate_robustness, open_dataset
 from timm_pushpull.cli.robustness import print_summary
 from timm_pushpull.errors import InputError
-from timm_pushpull.robustness.metrics import (
+from timm_pushpull.robustness.calibration import (
     CALIBRATION,
-    TEST_CORRUPTIONS,
     brier_scores,
     expected_calibration_error,
     negative_log_likelihoods,
     reliability_bins,
 )
+from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 from timm_pushpull.robustness.store import (
     EARLIER_PREDICTION,
     PREDICTION,

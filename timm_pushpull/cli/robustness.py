@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
 
 def print_summary(rows: Sequence[dict[str, Any]]) -> None:
     """Print the measures of a summary, one column for each model."""
-    from ..robustness.metrics import CALIBRATION
+    from ..robustness.calibration import CALIBRATION
     from ..robustness.summary import measures_of
 
     measures = [name for name in measures_of(rows) if any(row.get(name, '') != '' for row in rows)]

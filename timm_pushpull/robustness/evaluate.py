@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from ..errors import InputError, WorkerKilledError
 from ..files import atomic_write
+from .calibration import brier_scores, negative_log_likelihoods
 from .classes import describe_targets
 from .corruptions import check_corruption, import_imagecorruptions
 from .data import DatasetImages, StoredArrays, StoredFolders, stratified_indices
 from .labels import find_model_classes, find_right_classes, read_real_labels, read_valid_labels
-from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS, brier_scores, negative_log_likelihoods
+from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS
 from .protocol import describe_corruptions, describe_images, describe_models, versions
 from .shifts import write_shifts
 from .store import (

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .calibration import CALIBRATION
 from .examples import ExampleImage
-from .metrics import CALIBRATION, COMPARISONS, KINDS, MEANS, words_of
+from .metrics import COMPARISONS, KINDS, MEANS, words_of
 from .paired import CAVEAT, tell_apart, tenths, thousandths, verdict
 from .runs import MEASURES
 from .shifts import SHIFT_MEASURES
@@ -140,6 +141,14 @@ def _known(rows: Sequence[Mapping[str, Any]], measures: Iterable[str]) -> list[s
     return [name for name in measures if any(row.get(name, '') != '' for row in rows)]
 
 
+def _definitions(rows: Sequence[Mapping[str, Any]], meanings: Mapping[str, str]) -> str:
+    """Return the meaning of each measure that a row has."""
+    terms = (
+        f'<dt>{name.replace("_", " ")}</dt><dd>{html.escape(meanings[name])}</dd>' for name in _known(rows, meanings)
+    )
+    return f'<dl>{"".join(terms)}</dl>'
+
+
 def _with_interval(row: Mapping[str, Any], measure: str) -> str:
     if row.get(measure, '') == '':
         return '–'
@@ -170,9 +179,6 @@ def measure_notes(rows: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         HTML.
     """
-    definitions = ''.join(
-        f'<dt>{mean.replace("_", " ")}</dt><dd>{html.escape(MEANS[mean])}</dd>' for mean in _known(rows, MEANS)
-    )
     notes = [f'Means over severities {severities}.'] if (severities := rows[0]['severities']) else []
     if any(row['plain_mCE'] == '' for row in rows):
         notes.append('A mean over corruptions needs all 15 corruptions at all these severities.')
@@ -182,7 +188,7 @@ def measure_notes(rows: Sequence[Mapping[str, Any]]) -> str:
         notes.append(f'Baseline: {html.escape(baseline)}. {html.escape(not_compared(rows))}'.rstrip())
     if unreadable := sum(row['unreadable'] for row in rows):
         notes.append(f'{unreadable} predictions are missing: their images could not be read.')
-    return f'<p>{" ".join(notes)}</p><dl>{definitions}</dl>'
+    return f'<p>{" ".join(notes)}</p>{_definitions(rows, MEANS)}'
 
 
 def shifts_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -194,11 +200,8 @@ def shifts_table(rows: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         HTML.
     """
-    definitions = ''.join(
-        f'<dt>{measure.replace("_", " ")}</dt><dd>{html.escape(SHIFT_MEASURES[measure])}</dd>'
-        for measure in _known(rows, SHIFT_MEASURES)
-    )
-    return f'{table(rows, ["model", "shift", "images", "classes"], list(SHIFT_MEASURES))}<dl>{definitions}</dl>'
+    columns = table(rows, ['model', 'shift', 'images', 'classes'], list(SHIFT_MEASURES))
+    return columns + _definitions(rows, SHIFT_MEASURES)
 
 
 def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -213,11 +216,8 @@ def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
     known = _known(rows, CALIBRATION)
     if not known:
         return ''
-    definitions = ''.join(
-        f'<dt>{measure.replace("_", " ")}</dt><dd>{html.escape(CALIBRATION[measure])}</dd>' for measure in known
-    )
     note = '' if 'runs' in rows[0] else '<p>ECE has no interval: it is larger on resampled images by construction.</p>'
-    return f'{table(rows, ["model"], known)}{note}<dl>{definitions}</dl>'
+    return f'{table(rows, ["model"], known)}{note}{_definitions(rows, CALIBRATION)}'
 
 
 RUNS_NOTE = 'Mean of the training runs, with the lowest and the highest run.'

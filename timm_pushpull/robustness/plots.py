@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from ..drawing import COLORS, new_figure
+from .calibration import reliability_bins
 from .examples import ExampleImage
-from .metrics import CLEAN, KINDS, TEST_CORRUPTIONS, reliability_bins, words_of
+from .metrics import CLEAN, KINDS, TEST_CORRUPTIONS, words_of
 from .store import Predictions, readable_ranks
 from .summary import baseline_row, columns_of, measures_of, model_of, other_corruptions
 
@@ -133,11 +134,7 @@ def plot_error_by_severity(predictions: Predictions) -> 'Figure | None':
         kinds = {'all 15': list(TEST_CORRUPTIONS), **kinds}
     if not kinds:
         return None
-    models: dict[str, list[Mapping[tuple[str, int], np.ndarray]]] = {}
-    for name, passes in predictions.items():
-        models.setdefault(model_of(name), []).append(passes)
-    if len(models) == len(predictions):
-        models = {name: [passes] for name, passes in predictions.items()}
+    models = _runs_of_models(predictions)
     lines = (len(kinds) + 1) // 2
     figure = new_figure(0.4 + 1.9 * lines)
     panels = figure.subplots(lines, 2, sharex=True, sharey=True, squeeze=False)
@@ -170,13 +167,11 @@ def plot_reliability(predictions: Predictions) -> 'Figure | None':
         The figure, None if no predictions have a confidence, as those of earlier versions.
     """
     panels: dict[str, dict[str, list[np.ndarray]]] = {'clean': {}, 'corrupted': {}}
-    several = len({model_of(name) for name in predictions}) < len(predictions)
-    for name, passes in predictions.items():
-        for (corruption, _), array in passes.items():
+    for name, runs in _runs_of_models(predictions).items():
+        for (corruption, _), array in (item for passes in runs for item in passes.items()):
             known = array[~np.isnan(array['confidence'])]
             if len(known) and corruption in (CLEAN, *TEST_CORRUPTIONS):
-                panel = panels['clean' if corruption == CLEAN else 'corrupted']
-                panel.setdefault(model_of(name) if several else name, []).append(known)
+                panels['clean' if corruption == CLEAN else 'corrupted'].setdefault(name, []).append(known)
     panels = {title: models for title, models in panels.items() if models}
     if not panels:
         return None
@@ -198,6 +193,14 @@ def plot_reliability(predictions: Predictions) -> 'Figure | None':
     figure.supylabel('accuracy', fontsize=9)
     _add_legend(figure, figure.axes[0])
     return figure
+
+
+def _runs_of_models(predictions: Predictions) -> dict[str, list[Mapping[tuple[str, int], np.ndarray]]]:
+    """Group training runs by model; where no model has several, each keeps its name with the run."""
+    models: dict[str, list[Mapping[tuple[str, int], np.ndarray]]] = {}
+    for name, passes in predictions.items():
+        models.setdefault(model_of(name), []).append(passes)
+    return models if len(models) < len(predictions) else {name: [predictions[name]] for name in predictions}
 
 
 def _mean_errors(passes: Mapping[tuple[str, int], np.ndarray], names: Iterable[str]) -> dict[int, float]:

@@ -209,11 +209,12 @@ def _tables_and_plots(
         'reliability': 'Accuracy of predictions by their confidence, in 15 bins of equal width, on clean images and '
         'over all corruptions; below the line a model is too confident. Bins of fewer than 20 predictions are missing.',
     }
-    figures = {
+    drawn = {
         'mce_against_clean_error': plots.plot_mce_against_clean_error(shown),
         'error_by_corruption': plots.plot_error_by_corruption(shown),
         **figures,
     }
+    reliability = drawn.pop('reliability', None)  # stands beside the calibration
     if means:
         sections = ['<h2>Over training runs</h2>', page.runs_table(means, rows), page.measure_notes(rows)]
     else:
@@ -229,12 +230,9 @@ def _tables_and_plots(
         sections += _pair_sections(models, found, paired, output / f'{prefix}pairs.png')
     if calibration := page.calibration_table(shown):
         sections += ['<h2>Calibration</h2>', calibration]
-        figure = figures.get('reliability')
-        sections += _write_plot(figure, output / f'{prefix}reliability.png', captions['reliability'])
+        sections += _write_plot(reliability, output / f'{prefix}reliability.png', captions['reliability'])
     sections.append('<h2>Where the errors are</h2>')
-    for name, figure in figures.items():
-        if name == 'reliability':
-            continue
+    for name, figure in drawn.items():
         sections += _write_plot(figure, output / f'{prefix}{name}.png', captions.get(name, ''))
     corruptions = plots.measured_corruptions(rows)
     sections.append(page.corruption_table(shown, corruptions))

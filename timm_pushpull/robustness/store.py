@@ -23,7 +23,7 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
     255 if the image could not be read;
   - ``confidence``: probability of the prediction, the softmax over the classes of the images;
   - ``nll`` and ``brier``: negative log-likelihood and Brier score of the image, see
-    :mod:`timm_pushpull.robustness.metrics`. These three are NaN if the image could not be read, and ``nll`` and
+    :mod:`timm_pushpull.robustness.calibration`. These three are NaN if the image could not be read, and ``nll`` and
     ``brier`` with ImageNet-ReaL labels, of which several may be right. Files of earlier versions lack the three; they
     are read as NaN;
 

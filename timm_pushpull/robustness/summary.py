@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import InputError
+from .calibration import CALIBRATION, expected_calibration_error
 from .metrics import (
-    CALIBRATION,
     CLEAN,
     COMPARISONS,
     HELD_OUT_CORRUPTIONS,
@@ -23,7 +23,6 @@ from .metrics import (
     SEVERITIES,
     TEST_CORRUPTIONS,
     corruption_error,
-    expected_calibration_error,
     net_error_reduction,
     normalized_mce,
     plain_mce,
@@ -517,21 +516,16 @@ def _calibration(passes: Mapping[tuple[str, int], np.ndarray], severities: Seque
         if not keys or not passes.keys() >= set(keys):
             continue
         arrays = [passes[key] for key in keys]
-        readable = np.stack([array['rank'] != UNREADABLE for array in arrays], 1)
-        if any(np.isnan(array['confidence'][array['rank'] != UNREADABLE]).any() for array in arrays):
+        known = [array[array['rank'] != UNREADABLE] for array in arrays]
+        if any(np.isnan(array['confidence']).any() for array in known):
             continue  # of an earlier version
-        errors = [
-            expected_calibration_error(array['confidence'], array['rank'] == 0) for array in map(_readable, arrays)
-        ]
+        errors = [expected_calibration_error(array['confidence'], array['rank'] == 0) for array in known]
+        readable = np.stack([array['rank'] != UNREADABLE for array in arrays], 1)
         measures[f'{prefix}ECE'] = np.array([100 * np.mean(errors)])
         for name in ('NLL', 'Brier'):
             values = np.where(readable, np.stack([array[name.lower()] for array in arrays], 1), 0)
             measures[f'{prefix}{name}'] = resampled_means(values, readable.astype(np.float32)).mean(1)
     return measures
-
-
-def _readable(predictions: np.ndarray) -> np.ndarray:
-    return predictions[predictions['rank'] != UNREADABLE]
 
 
 def _table_order(corruption: str) -> tuple[int, str]:
