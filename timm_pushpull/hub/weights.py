@@ -60,14 +60,14 @@ def fetch_weights(
         cached = try_to_load_from_cache(repo_id, WEIGHTS, cache_dir=cache, revision=revision)
         if isinstance(cached, str) and file_sha256(cached) == sha256:
             return cached
-    *others, last = [WEIGHTS, PICKLE] if filename is None else [filename]
-    for name in (*others, last):
+    names = [WEIGHTS, PICKLE] if filename is None else [filename]
+    for name in names:
         try:
             path, etag = _download(repo_id, name, revision, cache)
         except _download_errors() as error:
-            if name != last and _is_missing(error):
+            if name != names[-1] and _is_missing(error):
                 continue
-            reason = _reason(error, hub_id, [*others, last]).rstrip('.')
+            reason = _reason(error, hub_id, names).rstrip('.')
             raise OSError(f'The weights of {hub_id} could not be fetched: {reason}.') from None
         return _verified(path, hub_id, sha256, etag)
     raise AssertionError('the last name returns or raises')

@@ -12,7 +12,7 @@ from ..layers.push_pull import PushPullConv2d
 from ..layers.std_conv import PushPullStdConv2d
 from ..ops.reference import PullKernel
 
-__all__ = ['convert_to_push_pull', 'first_convs']
+__all__ = ['architecture_of', 'convert_to_push_pull', 'first_convs']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
@@ -51,7 +51,7 @@ def convert_to_push_pull(
         ValueError: If timm names no first convolution, if it is of a class that is not known here, or if a setting is
             refused by :class:`~timm_pushpull.PushPullConv2d`.
     """
-    name, layers = _name(model), {}
+    name, layers = architecture_of(model), {}
     for path, conv in first_convs(model).items():
         if type(conv) not in UNITS:
             raise InputError(f'{name} cannot be converted: {path} is a {type(conv).__name__}, not an nn.Conv2d.')
@@ -77,20 +77,21 @@ def first_convs(model: nn.Module) -> dict[str, Any]:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f'model must be made by timm.create_model, got {model!r}.')
-    first_conv = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv')
+    architecture, first_conv = architecture_of(model), (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv')
     if not first_conv:
         raise InputError(
-            f"{_name(model)} cannot be converted: timm names no first convolution (pretrained_cfg['first_conv'])."
+            f"{architecture} cannot be converted: timm names no first convolution (pretrained_cfg['first_conv'])."
         )
     found, modules = {}, dict(model.named_modules())
     for path in [first_conv] if isinstance(first_conv, str) else first_conv:
         inside = [f'{extractor}.{path}' for extractor in ('model', 'body', 'graph_module')]
         name = next((name for name in (path, path.replace('.', '_'), *inside) if name in modules), None)
         if name is None:
-            raise InputError(f'{_name(model)} cannot be converted: it has no module {path!r}.')
+            raise InputError(f'{architecture} cannot be converted: it has no module {path!r}.')
         found[name] = modules[name]
     return found
 
 
-def _name(model: Any) -> str:
+def architecture_of(model: Any) -> str:
+    """Return timm's name of a model's architecture, or else the name of its class."""
     return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__

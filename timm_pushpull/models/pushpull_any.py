@@ -131,15 +131,15 @@ def create_push_pull(
     cfg, overlay = cfg or tag or None, dict(pretrained_cfg_overlay or {})
     resolved = resolve_pretrained_cfg(network, cfg, overlay)
     settings = {'contrast_norm': True} if contrast_norm else {}
-    weights, saved_units = None, []
+    saved_units: list[dict[str, Any]] = []
     if pretrained:
         located = locate_weights(resolved, None, cache_dir)
         weights = _read_weights(dataclasses.replace(resolved, **located))
-        overlay |= located
         if weights is not None:  # timm's network gets them without what it does not have
             saved_units = _take_units(weights, resolved.first_conv)
             _take_settings(weights, settings)
-            overlay |= dict(state_dict=weights, source=None, file=None, custom_load=False)
+            located = dict(state_dict=weights, source=None, file=None, custom_load=False)
+        overlay |= located
         if any(saved_units) and not push_pull:
             raise RuntimeError(f'The weights of {base} are those of a push-pull unit: leave push_pull=False out.')
     model: Any = model_entrypoint(network)(

@@ -5,12 +5,12 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
+from ..fields import read_text
 from ..layers.settings import is_settings
 from .classes import is_imagenet_1k
 from .data import DatasetImages, StoredArrays, StoredFolders
@@ -64,7 +64,7 @@ def describe_images(
         'imagenet_1k': is_imagenet_1k(images.classes) and len(set(images.targets)) == len(images.classes),
         'clean': has_clean,
         'names_sha256': _sha256('\n'.join(f'{images.names[index]} {images.targets[index]}' for index in indices)),
-        **({} if real_labels is None else {'real_labels_sha256': _sha256(Path(real_labels).read_text())}),
+        **({} if real_labels is None else {'real_labels_sha256': _sha256(read_text(real_labels))}),
     }
 
 

@@ -21,6 +21,7 @@ from ..drawing import COLORS, new_figure, to_png
 from ..errors import InputError
 from ..files import atomic_write
 from ..layers.push_pull import PushPullConv2d
+from ..models.convert import architecture_of
 from ..ops.reference import PullKernel, pull_kernels
 from .responses import edge_responses, snr_db
 from .spectra import combined_spectrum, radial_mean
@@ -84,7 +85,7 @@ def draw_figures(
         ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If the model has no push-pull unit, or one whose weights are not finite.
     """
-    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+    architecture = architecture_of(model)
     path, layer = _first_unit(model, architecture)
     weight = layer.weight.detach().float().cpu()
     pull = pull_kernels(weight, layer.pull_kernel)
