@@ -2,6 +2,8 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_pushpull import PushPullConv2d, convert_to_push_pull, push_pull_conv2d
 
@@ -188,3 +190,26 @@ def test_what_cannot_move_is_refused():
     torch.nn.utils.parametrize.register_parametrization(model.conv1, 'weight', nn.Identity())
     with pytest.raises(ValueError, match='conv1 is a ParametrizedConv2d'):
         convert_to_push_pull(model)
+
+
+@pytest.fixture
+def normalized_unit():
+    """A unit and a BatchNorm with scales of both signs, which no weight of the unit could hold."""
+    model = nn.Sequential(PushPullConv2d(3, 8, 3, bias=False, alpha=0.5), nn.BatchNorm2d(8)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(-2, 2, 8))
+        model[1].running_mean.copy_(torch.linspace(0, 1, 8))
+    return model
+
+
+def test_a_batch_norm_cannot_be_folded_into_the_unit(normalized_unit):
+    with pytest.raises(ValueError, match='A push-pull unit without a bias gets none later'):
+        fuse_conv_bn_eval(*normalized_unit)
+    with pytest.raises((AssertionError, NotImplementedError)):
+        torch.ao.quantization.fuse_modules(normalized_unit, [['0', '1']])
+    assert normalized_unit[0].bias is None
+
+
+def test_a_tool_that_folds_where_it_can_leaves_the_unit(normalized_unit):
+    images = torch.rand(2, 3, 9, 9)
+    torch.testing.assert_close(fuse(normalized_unit)(images), normalized_unit(images))

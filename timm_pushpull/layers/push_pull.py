@@ -44,7 +44,8 @@ class PushPullConv2d(nn.Conv2d):
     alpha (``settings``), and does not load into a layer with others.
 
     The layer is an ``nn.Conv2d``, but not linear in its weight. Tools that fold something into the weight of a
-    convolution (a BatchNorm that follows, an adapter) give other responses here.
+    convolution (a BatchNorm that follows, an adapter) give other responses here. The tools of ``torch.fx`` and
+    ``torch.ao`` pass the layer by; a layer without a bias refuses the bias that ``fuse_conv_bn_eval`` would give it.
 
     Source: `PushPull-Net` - https://arxiv.org/abs/2408.04077
 
@@ -204,6 +205,14 @@ class PushPullConv2d(nn.Conv2d):
             self.reset_alpha()
         if SETTINGS in self._buffers:
             set_settings(self, self._settings, self.weight.device)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == 'bias' and param is not None and self._parameters.get(name, param) is None:
+            raise InputError(
+                'A push-pull unit without a bias gets none later: a BatchNorm that is folded into its weight and bias '
+                'would change the responses, which are not linear in the weight.'
+            )
+        super().register_parameter(name, param)
 
     def kernels(self) -> Tensor:
         """Return the push kernels W (O, C / groups, kh, kw)."""
