@@ -12,6 +12,7 @@ import timm
 import torch
 from conftest import save_plain
 from timm.models import get_arch_pretrained_cfgs, save_for_hf
+from torch import nn
 
 from timm_pushpull import convert_to_push_pull, update_stem_bn
 from timm_pushpull.layers.push_pull import PushPullConv2d
@@ -261,6 +262,31 @@ def test_the_batch_norm_after_the_stem_is_measured(name):
     torch.testing.assert_close(found.running_mean, responses.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.running_var, responses.var((0, 2, 3)), rtol=0.05, atol=1e-3)
     assert not any(module.training for module in model.modules()) and found.momentum is not None
+
+
+def stem_of(*layers):
+    model = nn.Sequential(nn.Identity(), nn.Sequential(*layers))
+    model.pretrained_cfg = {'first_conv': f'1.{len(layers) - 2}'}
+    return model
+
+
+def test_the_batch_norm_is_the_next_module():
+    unit, other, norm = PushPullConv2d(3, 8, 3, alpha=0.5), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+    update_stem_bn(stem_of(other, unit, norm), [images()])
+    assert norm.num_batches_tracked == 1 and other.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize('features', [7, 9])
+def test_a_batch_norm_of_other_channels_does_not_follow(features):
+    with pytest.raises(ValueError, match='model must have a BatchNorm after 1.1, there is a BatchNorm2d'):
+        update_stem_bn(stem_of(nn.Identity(), PushPullConv2d(3, 8, 3, alpha=0.5), nn.BatchNorm2d(features)), [images()])
+
+
+def test_nothing_follows_the_first_convolution():
+    model = stem_of(nn.Identity(), PushPullConv2d(3, 8, 3, alpha=0.5))
+    model.pretrained_cfg = {'first_conv': '1.1'}
+    with pytest.raises(ValueError, match='model must have a BatchNorm after 1.1, there is a NoneType'):
+        update_stem_bn(model, [images()])
 
 
 def test_no_batch_norm_to_measure():

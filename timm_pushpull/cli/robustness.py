@@ -85,6 +85,13 @@ def add_to(commands: Any) -> None:
     run_group.add_argument(
         '--amp-dtype', default='float16', choices=['float16', 'bfloat16'], help='data type of --amp (%(default)s)'
     )
+    run_group.add_argument(
+        '--adapt-batch-norm',
+        type=int,
+        metavar='N',
+        help='measure each model twice: as it is, and as MODEL+bnN with the BatchNorm statistics of each batch blended '
+        'with those of the training, which count for N images; a protocol of its own, which depends on --batch-size',
+    )
     run_group.add_argument('--batch-size', type=int, default=64, metavar='N', help='images in a batch (%(default)s)')
     run_group.add_argument(
         '--workers', type=int, default=2, metavar='N', help='processes that decode and corrupt (%(default)s)'
@@ -141,6 +148,7 @@ def run(args: argparse.Namespace) -> None:
         valid_labels=args.valid_labels,
         real_labels=args.real_labels,
         baseline=args.baseline,
+        adapt_batch_norm=args.adapt_batch_norm,
         skip_unreadable=args.skip_unreadable,
         data_configs=data_configs,
         device=device,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..errors import InputError, WorkerKilledError
 from ..files import atomic_write
+from .adaptation import adapted_batch_norm, adapted_name, check_adaptation
 from .calibration import brier_scores, negative_log_likelihoods
 from .classes import describe_targets
 from .corruptions import check_corruption, import_imagecorruptions
@@ -50,6 +51,7 @@ __all__ = ['evaluate_robustness']
 
 _logger = logging.getLogger(__name__)
 EXAMPLES = 3  # images kept for the report
+ORDER_SEED = 0  # of the batches by which a BatchNorm adapts: those of a folder would hold one class each
 
 
 def evaluate_robustness(
@@ -65,6 +67,7 @@ def evaluate_robustness(
     valid_labels: str | os.PathLike[str] | None = None,
     real_labels: str | os.PathLike[str] | None = None,
     baseline: str | None = None,
+    adapt_batch_norm: int | None = None,
     skip_unreadable: bool = False,
     data_configs: Mapping[str, Mapping[str, Any]] | None = None,
     device: str | torch.device = 'cpu',
@@ -102,6 +105,10 @@ def evaluate_robustness(
         real_labels: File of ImageNet-ReaL labels, as ``validate.py`` takes it, in place of the labels of the images.
             Images without a right class are left out.
         baseline: Baseline of relative mCE and R_net, see :func:`~timm_pushpull.robustness.summary.baseline_of`.
+        adapt_batch_norm: Measure each model twice: as it is, and as ``MODEL+bnN`` with the BatchNorm statistics of each
+            batch blended with those of the training, which count for N images; see
+            :func:`~timm_pushpull.robustness.adaptation.adapted_batch_norm`. The batches then hold the images in an
+            order drawn once, and their size is a part of the protocol.
         skip_unreadable: Leave out and count unreadable images, instead of stopping at the first.
         data_configs: What ``timm.data.resolve_data_config`` returns for each model. By default the settings of the
             model: at its test size as in ``validate.py``, with stored corruptions at its train size.
@@ -120,8 +127,8 @@ def evaluate_robustness(
         ValueError: If there is no model, or neither ``dataset`` nor ``stored``; if these two hold different images; if
             a model does not fit RGB images, their size, or the number, names or order of the classes; if a file of
             labels is wrong, or not of these images; if the images are those for training in place of another split; if
-            an image cannot be read; if the folder holds results of another protocol; or if a corruption, a severity or
-            the baseline does not exist.
+            an image cannot be read; if a model has no BatchNorm to adapt; if the folder holds results of another
+            protocol; or if a corruption, a severity or the baseline does not exist.
         WorkerKilledError: If the system kills a worker. Finished work is kept.
     """
     folder = Path(folder)
@@ -154,7 +161,24 @@ def evaluate_robustness(
     if missing := [name for name in models if name not in data_configs]:
         raise InputError(f'data_configs must have an entry for each model, {", ".join(missing)} has none.')
     data_configs = {name: data_configs[name] for name in models}
-    run = _Run(models, data_configs, torch.device(device), batch_size, workers, amp_dtype, progress)
+    adapted = {}
+    if adapt_batch_norm is not None:
+        for name, model in models.items():
+            check_adaptation(name, model, adapt_batch_norm)
+            twin = adapted_name(name, adapt_batch_norm)
+            if twin in models:
+                raise InputError(f'models must not have the label {twin}: adapt_batch_norm gives it.')
+            adapted[twin], data_configs[twin] = model, data_configs[name]
+    run = _Run(
+        {**models, **adapted},
+        data_configs,
+        dict.fromkeys(adapted, adapt_batch_norm or 0),
+        torch.device(device),
+        batch_size,
+        workers,
+        amp_dtype,
+        progress,
+    )
     if clean is not None:
         passes = [(CLEAN, 0), *passes]
     views = Views(clean, stored, seed, data_configs, skip_unreadable)
@@ -187,6 +211,8 @@ class _Run(NamedTuple):
 
     models: Mapping[str, nn.Module]
     data_configs: Mapping[str, Mapping[str, Any]]
+    source_weights: Mapping[str, int]
+    """For each model that adapts its BatchNorm, the number of images for which the running statistics count."""
     device: torch.device
     batch_size: int
     workers: int
@@ -225,7 +251,10 @@ def _prepare(
     valid = None if valid_labels is None else read_valid_labels(valid_labels)
     found = {name: find_model_classes(name, model, images, valid) for name, model in run.models.items()}
     labels_of = {name: classes.valid_labels for name, classes in found.items()}
-    notes = [*images.notes, *(classes.note for classes in found.values() if classes.note)]
+    notes = [
+        *images.notes,
+        *(found[name].note for name in found if name not in run.source_weights and found[name].note),
+    ]
     right = [[target] for target in images.targets]
     if real_labels is not None:
         right = find_right_classes(read_real_labels(real_labels), images.names, images.classes, valid)
@@ -233,11 +262,18 @@ def _prepare(
     if len(labeled) < len(right):
         notes.append(f'Images left out, because no real label is among the classes: {len(right) - len(labeled):,}.')
     indices = [labeled[place] for place in stratified_indices([images.targets[index] for index in labeled], limit)]
+    described = describe_models(run.models, run.data_configs, labels_of, run.amp_dtype, run.device)
+    for name, weight in run.source_weights.items():
+        described[name]['adapt_batch_norm'] = {
+            'source_images': weight,
+            'batch_size': run.batch_size,
+            'order_seed': ORDER_SEED,
+        }
     protocol = {
         'corruptions': corruptions,
         'data': describe_images(images, indices, (CLEAN, 0) in passes, real_labels),
         'versions': versions(),
-        'models': describe_models(run.models, run.data_configs, labels_of, run.amp_dtype, run.device),
+        'models': described,
     }
     return _Images(folder, views, indices, passes, right, labels_of, notes, protocol)
 
@@ -322,6 +358,10 @@ def _run_passes(plan: Mapping[tuple[str, int], Sequence[str]], run: _Run, images
     folder, views, indices, size = images.folder, images.views, images.indices, run.batch_size
     # Processes share whole batches: the batches are then the same for any number of processes.
     starts = range(0, len(indices), size)[_rank() :: _world_size()]
+    order = np.arange(len(indices))
+    if run.source_weights:
+        order = np.random.default_rng(ORDER_SEED).permutation(order)
+    indices = [indices[place] for place in order]
     batches = [[View(*key, index) for index in indices[start : start + size]] for key in plan for start in starts]
     # One loader for all passes: its workers start once, and do not wait for a pass to end.
     pin = run.device.type == 'cuda'
@@ -340,7 +380,7 @@ def _run_passes(plan: Mapping[tuple[str, int], Sequence[str]], run: _Run, images
                 rows = indices[start : start + size]
                 for name in names:
                     pixels, valid = batch[views.geometry[name]], images.valid_labels[name]
-                    logits = _logits(run.models[name], pixels, run.data_configs[name], run.amp_dtype)
+                    logits = _run_model(run, name, pixels, targets >= 0)
                     logits = logits if valid is None else logits[:, valid]
                     wrong = (~logits.isfinite().all(1).cpu() & (targets >= 0)).nonzero()[:1]
                     if len(wrong):
@@ -350,10 +390,23 @@ def _run_passes(plan: Mapping[tuple[str, int], Sequence[str]], run: _Run, images
                     predictions[name].append(_predict(logits, [images.right[row] for row in rows], targets < 0))
                 bar.update()
             for name, array in _gather(predictions).items():
-                write_predictions(predictions_path(folder, name, corruption, severity), array)
+                in_order = np.empty_like(array)
+                in_order[order] = array
+                write_predictions(predictions_path(folder, name, corruption, severity), in_order)
             if _rank() == 0:
                 with lock(folder):
                     write_errors(folder)
+
+
+def _run_model(run: _Run, name: str, pixels: torch.Tensor, readable: torch.Tensor) -> torch.Tensor:
+    model, data_config, source_weight = run.models[name], run.data_configs[name], run.source_weights.get(name)
+    if source_weight is None or not readable.any():
+        return _logits(model, pixels, data_config, run.amp_dtype)
+    with adapted_batch_norm(model, source_weight):  # not to black images in place of those that cannot be read
+        of_readable = _logits(model, pixels[readable], data_config, run.amp_dtype)
+    logits = of_readable.new_zeros(len(pixels), of_readable.shape[1])
+    logits[readable] = of_readable
+    return logits
 
 
 def _one_thread(worker: int) -> None:

@@ -452,6 +452,9 @@ PROTOCOL_FIELDS = {
     'param_count': 'parameters, millions',
     'weights_sha256': 'hash of the weights',
     'modules_sha256': 'hash of the modules',
+    'adapt_batch_norm.source_images': 'images for which the BatchNorm statistics of the training count',
+    'adapt_batch_norm.batch_size': 'images in a batch that the BatchNorm adapts to',
+    'adapt_batch_norm.order_seed': 'seed of the order of these images',
     'predicts_among': 'predicts among',
     'valid_labels_sha256': 'hash of the indices of these classes',
 }

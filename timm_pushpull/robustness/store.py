@@ -11,7 +11,8 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
   - ``versions`` of this package, timm, torch, numpy and pillow;
   - ``models``: for each model its architecture, arguments, image size, crop, mean and std, the hashes of its weights
     and modules, its precision and its device; where a model has more classes than the images and its predictions are
-    restricted to those of the images, how many they are, with a hash of their indices;
+    restricted to those of the images, how many they are, with a hash of their indices; where its BatchNorm adapts to
+    the images, the settings of :mod:`timm_pushpull.robustness.adaptation`;
 
 - ``images.csv``: one row for each image: ``image`` (its name) and ``class`` (its class index);
 - ``classes.csv``: one row for each class: ``class`` (its index), ``name``, and its number of ``images``;
