@@ -177,3 +177,18 @@ def test_on_the_command_line(data, tmp_path, capsys):
     with open(tmp_path / 'results' / 'summary.csv') as file:
         assert [row['model'] for row in csv.DictReader(file)] == ['net', 'net+bn4']
     assert set(read_predictions(tmp_path / 'results')['net+bn4']['clean', 0].dtype.names) > set(PROBABILITIES)
+
+
+def test_a_batch_without_a_readable_image(data, tmp_path):
+    (data / '1' / '3.png').write_bytes(b'no image')
+    images = create_dataset('', root=str(data))
+    options = dict(corruptions=[], batch_size=1, adapt_batch_norm=0, skip_unreadable=True)
+    evaluate_robustness({'net': network()}, tmp_path / 'results', images, **options)
+    ranks = read_predictions(tmp_path / 'results')['net+bn0']['clean', 0]['rank']
+    assert np.flatnonzero(ranks == UNREADABLE).tolist() == [10]
+
+
+def test_a_batch_norm_without_running_statistics_is_left():
+    norm, images = nn.BatchNorm2d(2, track_running_stats=False).eval(), torch.rand(3, 2, 4, 4)
+    with adapted_batch_norm(norm, 5):
+        assert torch.equal(norm(images), nn.BatchNorm2d(2).train()(images))

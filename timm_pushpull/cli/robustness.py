@@ -52,7 +52,12 @@ def add_to(commands: Any) -> None:
     data.add_argument(
         '--severities', nargs='+', type=int, default=SEVERITIES, metavar='N', help='severities (1 2 3 4 5)'
     )
-    data.add_argument('--limit', type=int, metavar='N', help='number of images, spread over the classes (all)')
+    data.add_argument(
+        '--limit',
+        type=int,
+        metavar='N',
+        help='number of images, spread over the classes, or the first of a stream (all)',
+    )
     data.add_argument('--seed', type=int, default=0, metavar='N', help='seed of generated corruptions (%(default)s)')
     data.add_argument(
         '--valid-labels',

@@ -23,6 +23,7 @@ __all__ = [
     'open_stored',
     'stored_corruptions',
     'stratified_indices',
+    'to_rgb',
 ]
 
 
@@ -35,18 +36,18 @@ class DatasetImages:
 
     Args:
         dataset: What ``timm.data.create_dataset`` returns for folders, tar files, ``hfds/`` and ``torch/``, without a
-            transform.
+            transform; or the images of a stream, see :mod:`timm_pushpull.robustness.stream`.
 
     Attributes:
         targets: Class index of each image.
         classes: Name of each class, '' where the dataset has none.
         names: Name of each image, its index where it has none.
         notes: What is odd about the classes or left out, in sentences.
+        stream_sha256: Hash of the images of a stream, otherwise ''.
 
     Raises:
-        ValueError: If the dataset is a stream, without access by index (``tfds/``, ``wds/``, ``hfids/``), if its images
-            are those for training in place of another split, or for the reasons of
-            :func:`~timm_pushpull.robustness.classes.check_folders`.
+        ValueError: If the dataset is a stream itself, if its images are those for training in place of another split,
+            or for the reasons of :func:`~timm_pushpull.robustness.classes.check_folders`.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -62,6 +63,7 @@ class DatasetImages:
         self.classes = self._read_classes()
         has_files = hasattr(self._reader, 'samples')
         self.names = dataset.filenames() if has_files else [str(index) for index in range(len(self.targets))]
+        self.stream_sha256 = getattr(dataset, 'stream_sha256', '')
         sentences = classes_without_images(self.classes, self.targets), numbers_sorted_as_text(self.classes)
         self.notes += filter(None, sentences)
 
@@ -78,7 +80,7 @@ class DatasetImages:
             UnreadableImage: If the image cannot be read.
         """
         if self._reader is None:
-            return _decode(lambda: _to_rgb(self._dataset[index][0]), self.names[index])
+            return _decode(lambda: to_rgb(self._dataset[index][0]), self.names[index])
         # Not dataset[index]: for an image that it cannot read, timm's dataset returns the next image.
         return _decode(lambda: _load(self._reader[index][0]), self.names[index])
 
@@ -340,11 +342,21 @@ def stratified_indices(targets: Sequence[int], limit: int | None = None) -> list
 
 def _load(file: IO[bytes]) -> Image.Image:
     with file:
-        return _to_rgb(Image.open(file))
+        return to_rgb(Image.open(file))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB of 8 bits. Pillow would cut 16-bit grey values off at 255, which makes them white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB of 8 bits. Pillow would cut 16-bit grey values off at 255, which makes them white.
+
+    Args:
+        image: Image of any mode.
+
+    Returns:
+        RGB image.
+
+    Raises:
+        ValueError: If the mode has no fixed range of values (``I`` and ``F``).
+    """
     if image.mode.startswith('I;16'):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ('I', 'F'):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
 from timm.data import resolve_data_config
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from ..errors import InputError, WorkerKilledError
@@ -44,6 +44,7 @@ from .store import (
     write_predictions,
     write_protocol,
 )
+from .stream import StreamedImages, keep_stream
 from .summary import check_baseline, write_errors, write_summary
 from .views import View, Views
 
@@ -91,14 +92,14 @@ def evaluate_robustness(
         models: Models of timm by name. They stay on ``device``, and in training mode if they were.
         folder: Results folder, made if it does not exist; see :mod:`timm_pushpull.robustness.store`.
         dataset: Clean images, as :func:`~timm_pushpull.open_dataset` returns them. None, with ``stored``, for no clean
-            error.
+            error. Images of a stream are read once and kept in the folder.
         stored: Corrupted images, as :func:`~timm_pushpull.open_stored` returns them; None to generate them from
             ``dataset``.
         shifted: Naturally shifted images by name, such as ImageNet-A, each as
             :func:`~timm_pushpull.open_dataset` returns them: measured beside the clean images, without corruptions.
         corruptions: Names of corruptions: those that can be generated, or those with which ``stored`` was opened.
         severities: Severities, 1 to 5.
-        limit: Number of images of each set, spread over the classes; None for all.
+        limit: Number of images of each set, spread over the classes, or the first of a stream; None for all.
         seed: Seed of generated corruptions.
         valid_labels: File with the index of the logit of each class, as ``validate.py`` takes it; None to find the
             classes by their names.
@@ -144,7 +145,7 @@ def evaluate_robustness(
             raise InputError(f'stored must be opened with {corruption} at severity {severity}.')
     if dataset is None and stored is None:
         raise InputError('dataset must be given unless stored is, got None for both.')
-    clean = None if dataset is None else DatasetImages(dataset)
+    clean = None if dataset is None else _open_images(dataset, folder, limit, progress)
     if clean is not None and stored is not None:
         _check_same_images(clean, stored)
     if stored is None and corruptions:
@@ -185,8 +186,9 @@ def evaluate_robustness(
     source = describe_corruptions(stored, seed)
     sets = [_prepare(run, folder, views, passes, source, limit, valid_labels, real_labels)]
     for name, shift in (shifted or {}).items():
-        views = Views(DatasetImages(shift), None, seed, data_configs, skip_unreadable)
-        sets.append(_prepare(run, shifted_folder(folder, name), views, [(CLEAN, 0)], {'shift': name}, limit))
+        shift_folder = shifted_folder(folder, name)
+        views = Views(_open_images(shift, shift_folder, limit, progress), None, seed, data_configs, skip_unreadable)
+        sets.append(_prepare(run, shift_folder, views, [(CLEAN, 0)], {'shift': name}, limit))
     with _in_eval_mode(models, device):
         for name, model in models.items():
             _check_size(name, model, data_configs[name], run.device, amp_dtype)
@@ -204,6 +206,17 @@ def evaluate_robustness(
             for images in sets[1:]:
                 write_summary(images.folder)
         return write_summary(folder, baseline)
+
+
+def _open_images(dataset: Any, folder: Path, limit: int | None, progress: bool) -> DatasetImages:
+    if not isinstance(dataset, IterableDataset):
+        return DatasetImages(dataset)
+    if _rank() == 0:
+        with lock(folder):
+            keep_stream(dataset, folder / 'stream', limit, progress)
+    if _world_size() > 1:
+        dist.barrier()
+    return DatasetImages(StreamedImages(folder / 'stream'))
 
 
 class _Run(NamedTuple):

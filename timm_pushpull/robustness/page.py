@@ -444,6 +444,7 @@ PROTOCOL_FIELDS = {
     'data.imagenet_1k': 'classes are the 1,000 of ImageNet',
     'data.clean': 'clean images among them',
     'data.names_sha256': 'hash of the image names',
+    'data.stream_sha256': 'hash of the images of the stream',
     'data.real_labels_sha256': 'hash of the ImageNet-ReaL labels',
     'input_size': 'channels, height, width',
     'mean': 'mean of each channel',

@@ -64,6 +64,7 @@ def describe_images(
         'imagenet_1k': is_imagenet_1k(images.classes) and len(set(images.targets)) == len(images.classes),
         'clean': has_clean,
         'names_sha256': _sha256('\n'.join(f'{images.names[index]} {images.targets[index]}' for index in indices)),
+        **({'stream_sha256': of_stream} if (of_stream := getattr(images, 'stream_sha256', '')) else {}),
         **({} if real_labels is None else {'real_labels_sha256': _sha256(read_text(real_labels))}),
     }
 

@@ -7,7 +7,8 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
   - ``corruptions``: the package that generated the corruptions, with the seed; or the layout of stored corruptions; or
     the name of a natural ``shift``, which has none;
   - ``data``: number of images and classes, a hash of the image names, whether there are clean images, whether the
-    classes are the 1,000 of ImageNet, and a hash of the ImageNet-ReaL labels if they count as right;
+    classes are the 1,000 of ImageNet; a hash of the ImageNet-ReaL labels if they count as right, and of the images of a
+    stream;
   - ``versions`` of this package, timm, torch, numpy and pillow;
   - ``models``: for each model its architecture, arguments, image size, crop, mean and std, the hashes of its weights
     and modules, its precision and its device; where a model has more classes than the images and its predictions are
@@ -31,6 +32,7 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
 - ``examples/CORRUPTION-SEVERITY-ROW.png``: a few images as the first model saw them; ROW is the row in ``images.csv``,
   from 0;
 - ``shifted/NAME/``: for each natural shift, such as ImageNet-A, a results folder like this one, without corruptions;
+- ``stream/``: the images of a stream, from where later runs read them; see :mod:`timm_pushpull.robustness.stream`;
 - ``shifted.csv``, computed from the predictions of these folders: see :mod:`timm_pushpull.robustness.shifts`.
 - ``errors.csv`` and ``summary.csv``, computed from the predictions: see :mod:`timm_pushpull.robustness.summary`.
 """
