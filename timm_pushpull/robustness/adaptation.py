@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputError
@@ -51,8 +52,8 @@ def adapted_batch_norm(model: nn.Module, source_weight: int) -> Iterator[None]:
     .. math::
         \mu = \frac{N \mu_s + n \mu_t}{N + n}, \qquad \sigma^2 = \frac{N \sigma_s^2 + n \sigma_t^2}{N + n}
 
-    Here s marks the running statistics of the training and t those of the batch. They last for one forward pass of the
-    BatchNorm: the model stays as it is.
+    Here s marks the running statistics of the training and t those of the batch, as PyTorch computes them in training.
+    They last for one forward pass of the BatchNorm: the model stays as it is.
 
     Source: `Improving robustness against common corruptions by covariate shift adaptation` -
     https://arxiv.org/abs/2006.16971
@@ -67,12 +68,12 @@ def adapted_batch_norm(model: nn.Module, source_weight: int) -> Iterator[None]:
     before: dict[nn.Module, tuple[Any, Any]] = {}
 
     def blend(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        features = inputs[0].float()
+        (features,) = inputs
         before[norm] = norm.running_mean, norm.running_var
-        variance, mean = torch.var_mean(features, [dim for dim in range(features.dim()) if dim != 1], correction=0)
-        share = len(features) / (source_weight + len(features))
-        norm.running_mean = norm.running_mean.lerp(mean.to(norm.running_mean), share)
-        norm.running_var = norm.running_var.lerp(variance.to(norm.running_var), share)
+        if features.numel() > features.shape[1]:  # one value for each channel has no variance
+            norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
+            share = len(features) / (source_weight + len(features))
+            F.batch_norm(features, norm.running_mean, norm.running_var, training=True, momentum=share)
 
     def restore(norm: Any, *_: Any) -> None:
         norm.running_mean, norm.running_var = before.pop(norm)
