@@ -100,7 +100,8 @@ def test_a_warm_start(name, published, folders, warnings_of_timm):
     )
     (record,) = warnings_of_timm.records
     assert record.levelname == 'WARNING' and record.name.startswith('timm') and '\n' not in record.message
-    assert "timm's weights under a push-pull stem. Fine-tune" in record.message
+    tagged = name if '.' in name else f'{name}.{timm.get_pretrained_cfg(name).tag}'
+    assert record.message.startswith(f"{tagged}: these are timm's weights under a push-pull stem. Fine-tune")
     assert 'timm_pushpull.update_stem_bn(model' in record.message
     cfg = timm.get_pretrained_cfg(name).to_dict()
     assert model.pretrained_cfg == cfg and cfg['hf_hub_id'] == repo_id
@@ -240,6 +241,12 @@ def test_pickled_weights_and_revisions(published, folders, tmp_path):
     loaded = timm.create_model('pp_resnet18', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=f'{TIMM}@v1'))
     assert torch.equal(loaded.fc.bias, bias)
     assert torch.equal(timm.create_model('pp_resnet18', pretrained=True).fc.bias, bias + 1)
+
+
+def test_the_warning_names_the_base(published, warnings_of_timm):
+    timm.create_model('pp_any', base=ANY.removeprefix('timm/'), pretrained=True)
+    (record,) = warnings_of_timm.records
+    assert record.message.startswith("mobilenetv3_small_100.lamb_in1k: these are timm's weights")
 
 
 # The BatchNorm after the stem

@@ -137,6 +137,17 @@ def test_a_tag_that_the_base_does_not_have():
             timm.create_model(**arguments)
 
 
+def test_each_of_two_units_comes_back(tmp_path):
+    model = timm.create_model('pp_any', base='crossvit_9_240', num_classes=3).eval()
+    torch.save(model.state_dict(), tmp_path / 'last.pth')
+    overlay = dict(file=str(tmp_path / 'last.pth'), num_classes=3)
+    again = timm.create_model(
+        'pp_any', base='crossvit_9_240', num_classes=3, pretrained=True, pretrained_cfg_overlay=overlay
+    )
+    for ours, theirs in zip(first_convs(again).values(), first_convs(model).values(), strict=True):
+        assert torch.equal(ours.alpha, theirs.alpha)
+
+
 @pytest.mark.parametrize('base', ['crossvit_9_240', 'test_vit', 'test_nfnet', 'test_byobnet', 'tf_efficientnet_lite0'])
 def test_kinds_of_networks(base):
     model = create(base)

@@ -17,7 +17,7 @@ from timm.data import create_dataset, create_loader, create_transform
 
 from timm_pushpull.cli import main
 from timm_pushpull.cli.robustness import print_summary
-from timm_pushpull.robustness import page, views
+from timm_pushpull.robustness import evaluate, page, views
 from timm_pushpull.robustness.corruptions import corrupt
 from timm_pushpull.robustness.data import open_stored, stratified_indices
 from timm_pushpull.robustness.evaluate import evaluate_robustness
@@ -707,3 +707,17 @@ def test_command_measures_the_ema_weights_on_demand(data, tmp_path):
         folder = tmp_path / f'out {answer}'
         assert main([*arguments, *options, '--output', str(folder)]) == 0
         assert set(read_predictions(folder)['test_resnet']['fog', 2]['prediction']) == {answer}
+
+
+@pytest.mark.parametrize('options, formats', [([], {False}), (['--channels-last'], {True})])
+def test_command_runs_models_in_the_format_on_demand(options, formats, data, tmp_path, monkeypatch):
+    found, run_model = set(), evaluate._run_model
+
+    def watch(run, name, pixels, readable):
+        weight = run.models[name].layer1[0].conv2.weight
+        found.add(weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous())
+        return run_model(run, name, pixels, readable)
+
+    monkeypatch.setattr(evaluate, '_run_model', watch)
+    arguments = command(data, tmp_path, '--corruptions', 'fog', '--severities', '2', '--workers', '0', *options)
+    assert main(arguments) == 0 and found == formats
