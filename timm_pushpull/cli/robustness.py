@@ -40,7 +40,8 @@ def add_to(commands: Any) -> None:
         nargs='+',
         default=(),
         metavar='NAME=FOLDER',
-        help='naturally shifted images, such as imagenet-a=FOLDER: each set is measured beside the clean images',
+        help='naturally shifted images, such as imagenet-a=FOLDER: each set is measured beside the clean images; clean '
+        'images of the same classes, as imagenet-a-clean=FOLDER, give its drop where --data-dir has other classes',
     )
     data.add_argument(
         '--corruptions',
@@ -217,7 +218,7 @@ def print_notes(rows: Sequence[dict[str, Any]], output: str) -> None:
         print(f'{views} To show them in one way, use --input-size, --crop-pct and --interpolation.')
     if alone := not_compared(rows):
         print(alone)
-    print(f'95% intervals: summary.csv in {output}. Protocol: protocol.json.')
+    print(f'95% intervals: summary.csv in {output}. Protocol: protocol.json. In the columns of timm: results-*.csv.')
     print(f'Page with tables and plots: timm-pushpull report {output}')
 
 

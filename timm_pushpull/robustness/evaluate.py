@@ -46,6 +46,7 @@ from .store import (
 )
 from .stream import StreamedImages, keep_stream
 from .summary import check_baseline, write_errors, write_summary
+from .timm_tables import write_timm_tables
 from .views import View, Views
 
 __all__ = ['evaluate_robustness']
@@ -205,6 +206,7 @@ def evaluate_robustness(
             write_shifts(folder)
             for images in sets[1:]:
                 write_summary(images.folder)
+        write_timm_tables(folder)
         return write_summary(folder, baseline)
 
 

@@ -11,13 +11,13 @@ from .metrics import CLEAN
 from .store import TOP, UNREADABLE, find_shifted, read_classes, read_predictions, read_protocol, write_csv
 from .summary import interval_columns, resampled_means
 
-__all__ = ['SHIFT_MEASURES', 'shift_rows', 'write_shifts']
+__all__ = ['SHIFT_MEASURES', 'clean_of_shift', 'name_of_clean', 'shift_rows', 'write_shifts']
 
 SHIFT_MEASURES = {
     'top1_err': 'top-1 error on the shifted images, %',
     'top5_err': 'top-5 error on the shifted images, %',
-    'drop': 'top-1 error on the shifted images less that on the clean images, points; only where both have the same '
-    'classes',
+    'drop': 'top-1 error on the shifted images less that on clean images of the same classes, points: those of the set '
+    'NAME-clean for a set NAME, or the clean images of all sets',
 }
 
 
@@ -39,9 +39,9 @@ def shift_rows(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ValueError: If a folder holds no results, or if a file is damaged or no file of these results.
     """
     rows = []
-    clean, classes = read_predictions(folder), read_classes(folder)
     for shift, path in find_shifted(folder).items():
-        comparable = same_classes(classes, read_classes(path))
+        base = clean_of_shift(folder, shift)
+        clean = read_predictions(base) if base else {}
         count = read_protocol(path)['data']['classes']
         for name, passes in read_predictions(path).items():
             if (CLEAN, 0) not in passes:
@@ -50,10 +50,34 @@ def shift_rows(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
             row = {'model': name, 'shift': shift, 'images': int((ranks != UNREADABLE).sum()), 'classes': count}
             top1, top5 = _errors(ranks, seed=1).T
             row |= interval_columns('top1_err', top1) | interval_columns('top5_err', top5)
-            before = clean.get(name, {}).get((CLEAN, 0)) if comparable else None
+            before = clean.get(name, {}).get((CLEAN, 0))
             drop = None if before is None else top1 - _errors(before['rank'], seed=0)[:, 0]
             rows.append(row | interval_columns('drop', drop))
     return rows
+
+
+def clean_of_shift(folder: str | os.PathLike[str], shift: str) -> Path | None:
+    """Find the clean images with which a natural shift is compared: those with the same classes.
+
+    Args:
+        folder: Results folder.
+        shift: Name of the shift.
+
+    Returns:
+        Results folder of another shift that has the name of :func:`name_of_clean`, otherwise ``folder``; None if
+        neither has clean images with the same classes and labels of the same kind.
+    """
+    shifts = find_shifted(folder)
+    bases = [Path(folder)] if 'real_labels_sha256' not in read_protocol(folder)['data'] else []
+    if name_of_clean(shift) in shifts:
+        bases.insert(0, shifts[name_of_clean(shift)])
+    classes = read_classes(shifts[shift])
+    return next((base for base in bases if same_classes(classes, read_classes(base))), None)
+
+
+def name_of_clean(shift: str) -> str:
+    """Name the clean images of the classes of a natural shift, as in timm's ``results-imagenet-a-clean.csv``."""
+    return f'{shift}-clean'
 
 
 def _errors(ranks: np.ndarray, seed: int) -> np.ndarray:

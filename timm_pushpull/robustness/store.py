@@ -33,8 +33,9 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
   from 0;
 - ``shifted/NAME/``: for each natural shift, such as ImageNet-A, a results folder like this one, without corruptions;
 - ``stream/``: the images of a stream, from where later runs read them; see :mod:`timm_pushpull.robustness.stream`;
-- ``shifted.csv``, computed from the predictions of these folders: see :mod:`timm_pushpull.robustness.shifts`.
-- ``errors.csv`` and ``summary.csv``, computed from the predictions: see :mod:`timm_pushpull.robustness.summary`.
+- ``shifted.csv``, computed from the predictions of these folders: see :mod:`timm_pushpull.robustness.shifts`;
+- ``errors.csv`` and ``summary.csv``, computed from the predictions: see :mod:`timm_pushpull.robustness.summary`;
+- ``results-*.csv``, the same in timm's own columns: see :mod:`timm_pushpull.robustness.timm_tables`.
 """
 
 import csv
@@ -282,10 +283,12 @@ def shifted_folder(folder: str | os.PathLike[str], name: str) -> Path:
         Folder inside the results folder, which may not exist yet. Its name is quoted as in a URL.
 
     Raises:
-        ValueError: If the name is empty.
+        ValueError: If the name is empty, or that of another of timm's tables.
     """
     if not name:
         raise InputError('shifted must name each set of images, got an empty name.')
+    if name in ('clean', 'imagenet-c'):
+        raise InputError(f'shifted must not name a set {name}: that is the name of another table, results-{name}.csv.')
     return Path(folder) / 'shifted' / _quoted(name)
 
 
