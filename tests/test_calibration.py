@@ -168,6 +168,9 @@ def test_the_reliability_diagram_has_the_bins(tmp_path):
     assert [axes.get_title() for axes in (clean, corrupted)] == ['clean', 'corrupted']
     assert clean.lines[1].get_xydata() == pytest.approx(np.array([[0.5, 0.3]]))
     assert corrupted.lines[1].get_xydata() == pytest.approx(np.array([[0.8, 0.6]]))
+    (corrupted,) = plot_reliability({'a': {('clean', 0): few, ('fog', 1): fog}, 'b': {('clean', 0): few}}).axes
+    assert corrupted.get_title() == 'corrupted' and [line.get_label() for line in corrupted.lines[1:]] == ['a']
+    assert plot_reliability({'a': {('clean', 0): few}}) is None
     many['confidence'] = fog['confidence'] = np.nan  # of an earlier version
     assert plot_reliability({'a': {('clean', 0): many, ('fog', 1): fog}}) is None
 

@@ -164,7 +164,7 @@ def plot_reliability(predictions: Predictions) -> 'Figure | None':
             predictions.
 
     Returns:
-        The figure, None if no predictions have a confidence, as those of earlier versions.
+        The figure, None if no bin has enough predictions, as those of earlier versions, which have no confidence.
     """
     panels: dict[str, dict[str, list[np.ndarray]]] = {'clean': {}, 'corrupted': {}}
     for name, runs in _runs_of_models(predictions).items():
@@ -172,18 +172,19 @@ def plot_reliability(predictions: Predictions) -> 'Figure | None':
             known = array[~np.isnan(array['confidence'])]
             if len(known) and corruption in (CLEAN, *TEST_CORRUPTIONS):
                 panels['clean' if corruption == CLEAN else 'corrupted'].setdefault(name, []).append(known)
-    panels = {title: models for title, models in panels.items() if models}
-    if not panels:
+    lines = {
+        title: {name: line for name, arrays in models.items() if len(line := _reliability(np.concatenate(arrays)))}
+        for title, models in panels.items()
+    }
+    lines = {title: models for title, models in lines.items() if models}
+    if not lines:
         return None
     figure = new_figure(2.9)
-    names = list(dict.fromkeys(name for models in panels.values() for name in models))
-    for axes, (title, models) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+    names = list(_runs_of_models(predictions))
+    for axes, (title, models) in zip(np.atleast_1d(figure.subplots(1, len(lines))), lines.items(), strict=True):
         axes.plot([0, 1], [0, 1], color='#777', lw=1, ls='--')
-        for name, arrays in models.items():
-            array = np.concatenate(arrays)
-            bins = reliability_bins(array['confidence'], array['rank'] == 0)
-            _, confidence, accuracy = bins[bins[:, 0] >= FEWEST_PREDICTIONS].T
-            axes.plot(confidence, accuracy, lw=1.5, label=name, clip_on=False, **_style(names.index(name)))
+        for name, line in models.items():
+            axes.plot(*line.T, lw=1.5, label=name, clip_on=False, **_style(names.index(name)))
         axes.set_title(title, fontsize=9)
         axes.set_aspect('equal')
         axes.set(xlim=(0, 1), ylim=(0, 1))
@@ -191,8 +192,14 @@ def plot_reliability(predictions: Predictions) -> 'Figure | None':
         axes.tick_params(labelsize=9)
     figure.supxlabel('confidence', fontsize=9)
     figure.supylabel('accuracy', fontsize=9)
-    _add_legend(figure, figure.axes[0])
+    _add_legend(figure, max(figure.axes, key=lambda axes: len(axes.lines)))
     return figure
+
+
+def _reliability(predictions: np.ndarray) -> np.ndarray:
+    """Return mean confidence and accuracy (B, 2) of the bins with enough predictions."""
+    bins = reliability_bins(predictions['confidence'], predictions['rank'] == 0)
+    return bins[bins[:, 0] >= FEWEST_PREDICTIONS, 1:]
 
 
 def _runs_of_models(predictions: Predictions) -> dict[str, list[Mapping[tuple[str, int], np.ndarray]]]:
