@@ -117,7 +117,9 @@ def test_shifts_are_compared_with_clean_images_of_their_classes(tmp_path):
     write_folder(tmp_path, {'b': clean(2, 3, 5), 'a': clean(1, 7, 2)}, ('x', 'z'), shift='imagenet a')
     write_folder(tmp_path, {'b': clean(19, 1, 0), 'a': clean(15, 4, 1)}, ('x', 'z'), shift='imagenet a-clean')
     write_folder(tmp_path, {'a': clean(1, 7, 2)}, ('v', 'w'), shift='other')
-    names = ['clean', 'imagenet%20a', 'imagenet%20a-clean', 'other', 'sketch']
+    write_folder(tmp_path, {'a': clean(8, 2, 10)}, shift='v2')
+    write_folder(tmp_path, {'a': clean(14, 1, 5)}, shift='v2-clean')  # comes before the clean images, 90
+    names = ['clean', 'imagenet%20a', 'imagenet%20a-clean', 'other', 'sketch', 'v2', 'v2-clean']
     assert write_timm_tables(tmp_path) == [tmp_path / f'results-{name}.csv' for name in names]
 
     def columns(name, *wanted):
@@ -137,8 +139,9 @@ def test_shifts_are_compared_with_clean_images_of_their_classes(tmp_path):
     assert read(tmp_path / 'results-imagenet%20a-clean.csv')[0] == COLUMNS
     assert columns('imagenet%20a-clean', 'model', 'top1') == [['b', '95.000'], ['a', '75.000']]
     assert columns('other', *shown) == [['a', '10.000', '80.000', '', '', '']]
+    assert columns('v2', *shown) == [['a', '40.000', '50.000', '-30.000', '-25.000', '0']]
     drops = {(row['shift'], row['model']): row['drop'] for row in shift_rows(tmp_path)}
-    assert (drops['imagenet a', 'b'], drops['sketch', 'a'], drops['other', 'a']) == (75, 40, '')
+    assert (drops['imagenet a', 'b'], drops['sketch', 'a'], drops['other', 'a'], drops['v2', 'a']) == (75, 40, '', 30)
 
 
 def test_real_labels_have_no_base(tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import os
 import reprlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,19 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
 from .errors import InputError
+from .fields import read_mapping
 
-__all__ = ['model_args_of', 'read_checkpoint', 'set_data_config']
+__all__ = ['augmentation_of', 'model_args_of', 'read_checkpoint', 'read_options_beside', 'set_data_config']
+
+AUGMENTATION = (
+    'aa',
+    'color_jitter',
+    'color_jitter_prob',
+    'gaussian_blur_prob',
+    'grayscale_prob',
+    'no_aug',
+    'reprob',
+)
 
 
 def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = False) -> dict[str, Any]:
@@ -54,6 +66,40 @@ def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = False) -> dict
             raise InputError(f'{path} must hold a tensor as {name}, got {reprlib.repr(tensor)}.')
     options = content.get('args')
     return vars(options) if isinstance(options, argparse.Namespace) else {}
+
+
+def read_options_beside(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the options of the training from the ``args.yaml`` beside a checkpoint, as ``train.py`` writes it.
+
+    Args:
+        path: Checkpoint.
+
+    Returns:
+        Options of ``train.py`` by name; empty if there is no such file.
+
+    Raises:
+        ValueError: If the file is not YAML, or holds anything else.
+    """
+    options = Path(path).with_name('args.yaml')
+    return read_mapping(options) if options.is_file() else {}
+
+
+def augmentation_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a training changed its images, apart from crop and flip.
+
+    Args:
+        options: Options of ``train.py``.
+
+    Returns:
+        Those of the options that choose operations and are switched on, and ``augment``, the argument of a push-pull
+        network; empty if there are no options.
+    """
+    if not options:
+        return {}
+    given = {'color_jitter': 0.4, **options}  # the default of train.py
+    found = {name: given[name] for name in AUGMENTATION if given.get(name)}
+    augment = (options.get('model_kwargs') or {}).get('augment')
+    return found | ({'augment': augment} if augment else {})
 
 
 def model_args_of(options: Mapping[str, Any]) -> dict[str, Any]:

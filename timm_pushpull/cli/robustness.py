@@ -212,12 +212,16 @@ def print_shifts(folder: str | os.PathLike[str]) -> None:
 
 def print_notes(rows: Sequence[dict[str, Any]], output: str) -> None:
     """Print the limits of a comparison, and where the other results are."""
+    from ..robustness.fairness import unfair_comparisons
+    from ..robustness.store import read_protocol
     from ..robustness.summary import not_compared, view_differences
 
     if views := view_differences(rows):
         print(f'{views} To show them in one way, use --input-size, --crop-pct and --interpolation.')
     if alone := not_compared(rows):
         print(alone)
+    for sentence in unfair_comparisons(read_protocol(output), rows):
+        print(sentence)
     print(f'95% intervals: summary.csv in {output}. Protocol: protocol.json. In the columns of timm: results-*.csv.')
     print(f'Page with tables and plots: timm-pushpull report {output}')
 

@@ -3,13 +3,13 @@
 import contextlib
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from timm.data import create_dataset
 from timm.models import create_model, load_checkpoint
 
-from ..checkpoint import model_args_of, read_checkpoint, set_data_config
+from ..checkpoint import augmentation_of, model_args_of, read_checkpoint, read_options_beside, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
 from ..fields import TRAINING_OPTIONS, check_fields
@@ -93,7 +93,8 @@ def load_model(
     """Create a model and load its weights.
 
     A checkpoint of ``train.py`` holds the options of the training. The model arguments in it, the number of classes,
-    and the size and normalization of the images are those of the model, unless they are given here.
+    and the size and normalization of the images are those of the model, unless they are given here. Its augmentation,
+    or that of an ``args.yaml`` beside the checkpoint, is kept as ``model.training_augmentation``.
 
     Args:
         name: Model name that ``timm.create_model`` takes.
@@ -111,8 +112,8 @@ def load_model(
         OSError: If pretrained weights cannot be downloaded.
     """
     options = {} if checkpoint is None else read_checkpoint(checkpoint, use_ema)
-    if str(options.get('model')).partition('.')[0] != name.partition('.')[0]:
-        options = {}  # those of another network
+    beside = {} if checkpoint is None else read_options_beside(checkpoint)
+    options, beside = (found if _is_of(name, found) else {} for found in (options, beside))
     if checkpoint is not None and options:
         check_fields(checkpoint, options, TRAINING_OPTIONS, 'args')
     if num_classes is not None:
@@ -124,6 +125,7 @@ def load_model(
             set_data_config(model, options)
     if checkpoint is None:
         return model
+    model.training_augmentation = augmentation_of(options or beside)
     drawn = _erase_drawn_alpha(model)
     with refused_by_timm(source):
         load_checkpoint(model, os.fspath(checkpoint), use_ema)
@@ -134,6 +136,11 @@ def load_model(
         )
     model.pretrained_cfg.pop('label_names', None)  # those of other weights
     return model
+
+
+def _is_of(name: str, options: Mapping[str, Any]) -> bool:
+    """Tell whether options of a training are those of a network, not of another one."""
+    return str(options.get('model')).partition('.')[0] == name.partition('.')[0]
 
 
 def _erase_drawn_alpha(model: Any) -> list[Any]:

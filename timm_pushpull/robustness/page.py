@@ -471,7 +471,11 @@ def protocol_field(field: str) -> str:
         Text.
     """
     part, _, key = field.rpartition('.')
-    words = {'model_args': f'argument {key}', 'versions': f'version of {key}'}.get(part)
+    words = {
+        'model_args': f'argument {key}',
+        'augmentation': f'in training: {key}',
+        'versions': f'version of {key}',
+    }.get(part)
     return words or PROTOCOL_FIELDS.get(field) or field.replace('.', ' ').replace('_', ' ')
 
 

@@ -101,6 +101,7 @@ def describe_models(
             'precision': str(amp_dtype or torch.float32).removeprefix('torch.'),
             'device': torch.device(device).type,
             **_describe_labels(valid_labels[name], model),
+            **_describe_training(model),
         }
         for name, model in models.items()
     }
@@ -114,6 +115,12 @@ def _describe_labels(valid_labels: Sequence[int] | None, model: Any) -> dict[str
         'predicts_among': f'{len(valid_labels)} of {model.num_classes} classes',
         'valid_labels_sha256': _sha256(' '.join(map(str, valid_labels))),
     }
+
+
+def _describe_training(model: Any) -> dict[str, Any]:
+    """Describe the augmentation of the training, where the checkpoint says it, see :mod:`.fairness`."""
+    augmentation = getattr(model, 'training_augmentation', {})
+    return {'augmentation': augmentation} if augmentation else {}
 
 
 def versions() -> dict[str, str | None]:

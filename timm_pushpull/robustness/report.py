@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..files import atomic_write
 from . import page, plots
 from .examples import read_examples
+from .fairness import unfair_comparisons
 from .metrics import COMPARISONS
 from .paired import checkpoint_pairs, paired_differences
 from .runs import Runs, difference_of_means, find_pairs, group_runs, less_baseline, means_over_runs, select_runs
@@ -152,6 +153,7 @@ def _folder_section(part: _Part, output: Path, prefix: str, baseline: str | None
         f'<p>{page.protocol_sentence(part.protocol)}</p>',
         *_tables_and_plots(rows, part.shifts, paired, figures, strips, output, prefix, pairs),
         '<h2>Protocol</h2>',
+        *(f'<p><b>{html.escape(sentence)}</b></p>' for sentence in unfair_comparisons(part.protocol, rows)),
         '<p>protocol.json has the same with whole hashes.</p>',
         page.protocol_table(part.protocol),
     ]

@@ -13,7 +13,8 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
   - ``models``: for each model its architecture, arguments, image size, crop, mean and std, the hashes of its weights
     and modules, its precision and its device; where a model has more classes than the images and its predictions are
     restricted to those of the images, how many they are, with a hash of their indices; where its BatchNorm adapts to
-    the images, the settings of :mod:`timm_pushpull.robustness.adaptation`;
+    the images, the settings of :mod:`timm_pushpull.robustness.adaptation`; the ``augmentation`` of the training, where
+    its options are known;
 
 - ``images.csv``: one row for each image: ``image`` (its name) and ``class`` (its class index);
 - ``classes.csv``: one row for each class: ``class`` (its index), ``name``, and its number of ``images``;
@@ -163,15 +164,31 @@ def merge_protocol(folder: str | os.PathLike[str], protocol: Mapping[str, Any]) 
     merged = json.loads(json.dumps(protocol))  # lists for tuples, as in the file
     if (Path(folder) / 'protocol.json').exists():
         found = read_protocol(folder)
-        merged['models'] = {**found['models'], **merged['models']}
+        merged['models'] = {
+            **found['models'],
+            **{name: {**_training(found, name), **details} for name, details in merged['models'].items()},
+        }
         # Compare the models that the folder holds, and no new ones.
         comparable = {**merged, 'models': {name: merged['models'][name] for name in found['models']}}
-        for field, there, here in differences(found, comparable):
+        for field, there, here in differences(_without_training(found), _without_training(comparable)):
             raise InputError(
                 f'{folder} holds results of another protocol: {field} is {there} there and {here} here. '
                 'Name another folder.'
             )
     return merged
+
+
+def _training(protocol: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {field: value for field, value in protocol['models'].get(name, {}).items() if field == 'augmentation'}
+
+
+def _without_training(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the augmentation of the trainings: equal weights are equal, wherever their options are kept."""
+    models = {
+        name: {field: value for field, value in details.items() if field != 'augmentation'}
+        for name, details in protocol['models'].items()
+    }
+    return {**protocol, 'models': models}
 
 
 def differences(there: Any, here: Any, field: str = '') -> Iterator[tuple[str, Any, Any]]:
