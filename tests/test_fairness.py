@@ -141,6 +141,8 @@ def test_the_command_and_the_page_say_it(tmp_path, capsys):
     text = (tmp_path / 'out' / 'report' / 'report.html').read_text()
     assert all(f'<p><b>{sentence}</b></p>' in text.split('<h2>Protocol</h2>')[1] for sentence in sentences)
     assert '<td>in training: aa</td><td>–</td><td>augmix-m4</td><td>–</td>' in text
+    lines = command(('none', 'in.pth.tar'))  # and what becomes known joins it
+    assert f'inside, none: {start} ColorJitter (contrast){end}' in lines
 
 
 def test_options_of_another_network_do_not_count(tmp_path, capsys):

@@ -20,10 +20,11 @@ from timm_pushpull.robustness.plots import (
     plot_error_by_corruption,
     plot_error_by_severity,
     plot_mce_against_clean_error,
+    plot_overview,
     plot_pairs,
 )
 from timm_pushpull.robustness.report import write_report
-from timm_pushpull.robustness.runs import MEASURES, difference_of_means, find_pairs
+from timm_pushpull.robustness.runs import MEASURES, difference_of_means, find_pairs, shift_means_over_runs
 from timm_pushpull.robustness.store import (
     PREDICTION,
     predictions_path,
@@ -37,7 +38,13 @@ from timm_pushpull.robustness.summary import columns_of, write_summary
 to_hex = pytest.importorskip('matplotlib.colors').to_hex
 pytest.importorskip('scipy')
 PASSES = [(name, severity) for name in TEST_CORRUPTIONS for severity in FIVE]
-PLOTS = {'error_by_corruption.png', 'error_by_severity.png', 'mce_against_clean_error.png', 'examples.png'}
+PLOTS = {
+    'error_by_corruption.png',
+    'error_by_severity.png',
+    'mce_against_clean_error.png',
+    'examples.png',
+    'overview.png',
+}
 
 
 def write_finished(folder, errors=None, baseline='plain <1>', **protocol):
@@ -90,7 +97,7 @@ def test_the_page_holds_the_figures_and_needs_no_other_file(tmp_path):
     path = write_report([write_finished(tmp_path / 'results')], tmp_path / 'page')
     page = Page(path)
     assert {p.name for p in (tmp_path / 'page').iterdir()} == {'report.html', *PLOTS}
-    assert all(source.startswith('data:image/png;base64,') for source in page.sources) and len(page.sources) == 5
+    assert all(source.startswith('data:image/png;base64,') for source in page.sources) and len(page.sources) == 6
     figures = {base64.b64decode(source.partition(',')[2]) for source in page.sources}
     assert {(tmp_path / 'page' / name).read_bytes() for name in PLOTS - {'examples.png'}} <= figures
     assert 'http' not in re.sub(r'base64,[^"]*', '', path.read_text())
@@ -293,7 +300,7 @@ def test_pairs_have_their_differences_and_a_plot(tmp_path, monkeypatch):
         'Protocol',
     ]
     assert sum(text.startswith('plain@2 against alone, by these 10 images: ') for text in page.texts) == 1
-    assert (tmp_path / 'page' / 'pairs.png').is_file() and len(page.sources) == 6
+    assert (tmp_path / 'page' / 'pairs.png').is_file() and len(page.sources) == 7
     assert np.ravel(intervals).tolist() == pytest.approx([-48.5, 78.5, -78.5, 48.5, 0, 50], abs=0.05)
     summary = Page(write_report([folder / 'summary.csv'], tmp_path / 'summary', pairs=pairs))
     assert summary.row('plain → pp') == page.row('plain → pp') and not summary.row('points')  # needs predictions
@@ -343,6 +350,153 @@ def test_the_plot_by_severity_has_errors():
         predictions['fog' if severity else 'clean', severity] = array
     line = plot_error_by_severity({'a': predictions}).axes[0].lines[0]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 1, 2], [10, 30, 60])
+
+
+def row_of(model, **measures):
+    """Return a row with these measures (value, low, high)."""
+    row = {'model': model, 'baseline': '', 'E': '', 'plain_mCE': ''}
+    return row | {
+        column: n for name, three in measures.items() for column, n in zip(columns_of(name), three, strict=True)
+    }
+
+
+def overview(rows, shifts=()):
+    """Return the points of each set (height in 1/100, low, value, high), and the names with their heights."""
+    (axes,) = plot_overview(rows, shifts).axes
+    points = {}
+    for container in axes.containers:
+        line, _, (across,) = container.lines
+        ends = [segment[:, 0].tolist() for segment in across.get_segments()]
+        points[container.get_label()] = [
+            (round(100 * y), low, x, high) for (x, y), (low, high) in zip(line.get_xydata().tolist(), ends, strict=True)
+        ]
+    names = sorted(axes.texts, key=lambda text: text.get_position()[1])
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # heights grow downwards
+    return points, [(text.get_text(), round(100 * text.get_position()[1])) for text in names]
+
+
+def test_the_overview_has_each_error_below_the_name_of_its_model():
+    rows = [
+        row_of('worst', E=(10, 8, 14), plain_mCE=(70, 66, 73)),
+        row_of('best', E=(20, 17, 22), plain_mCE=(40, 39, 45)),
+        row_of('clean only', E=(5, 4, 9)),
+    ]
+    shifts = [
+        row_of('worst', top1_err=(81, 80, 85), top5_err=(30, 29, 31)) | {'shift': 'a'},
+        row_of('best', top1_err=(52, 48, 53), top5_err=(20, 19, 21)) | {'shift': 'r'},
+        row_of('best', top1_err=(62, 61, 64), top5_err=(20, 19, 21)) | {'shift': 'a'},
+    ]
+    points, names = overview(rows, shifts)
+    (best, top), (worst, middle), (clean_only, low) = names
+    assert (best, worst, clean_only) == ('best', 'worst', 'clean only') and 0 < top < middle < low
+    assert points == {
+        'clean (E)': [(middle + 5, 8, 10, 14), (top + 5, 17, 20, 22), (low + 5, 4, 5, 9)],
+        'corrupted (plain mCE)': [(middle + 15, 66, 70, 73), (top + 15, 39, 40, 45)],
+        'a': [(middle + 25, 80, 81, 85), (top + 25, 61, 62, 64)],
+        'r': [(top + 35, 48, 52, 53)],
+    }
+    assert top + 35 < middle - 17 and middle + 35 < low - 17  # no point of one is beside the name of the next
+
+
+def test_the_overview_has_what_there_is():
+    other = [row_of('x', E=(1, 0, 2), other_mCE=(9, 8, 9)), row_of('y', E=(2, 1, 3), other_mCE=(5, 4, 6))]
+    points, names = overview(other)
+    assert list(points) == ['clean (E)', 'other corruptions (other mCE)'] and [name for name, _ in names] == ['y', 'x']
+    points, names = overview([row_of('x', E=(3, 2, 4)), row_of('y', E=(2, 1, 3))])
+    assert list(points) == ['clean (E)'] and [name for name, _ in names] == ['y', 'x']
+    assert plot_overview([row_of('x')]) is None
+    figure = plot_overview([row_of('network_' * 10 + str(number), E=(1, 0, 2)) for number in range(3)])
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert max(box.x1 for box in boxes) < figure.bbox.x1
+    assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
+
+
+def test_shifts_of_training_runs_have_a_mean_and_a_range():
+    measures = [('a@1', 'r', 10), ('a@2', 'r', 40), ('a@1', 's', 7), ('b', 'r', 3)]
+    rows = [row_of(name, top1_err=(n, 0, 99), top5_err=(n / 2, 0, 99)) for name, _, n in measures]
+    rows = [row | {'shift': shift, 'drop': '', 'images': 9} for row, (_, shift, _) in zip(rows, measures, strict=True)]
+    found = shift_means_over_runs(rows)
+    shown = ('model', 'shift', 'runs', 'images', *columns_of('top1_err'), 'top5_err', 'drop', 'drop_low')
+    assert [[row[column] for column in shown] for row in found] == [
+        ['a', 'r', 2, 9, 25, 10, 40, 12.5, '', ''],
+        ['a', 's', 1, 9, 7, 7, 7, 3.5, '', ''],
+        ['b', 'r', 1, 9, 3, 3, 3, 1.5, '', ''],
+    ]
+
+
+class Sortable(html.parser.HTMLParser):
+    """Heads of the sortable tables of a page, and the data-value of each cell."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.tags, self.is_open = [], set(), False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.add(tag)
+        if tag == 'table':
+            self.is_open = attributes.get('class') == 'sortable'
+            self.tables += [([], [])] * self.is_open and [([], [])]
+        elif self.is_open and tag == 'tr':
+            self.tables[-1][1].append([])
+        elif self.is_open and tag == 'th':
+            assert attributes == {'scope': 'col'}
+            self.tables[-1][0].append('')
+        elif self.is_open and tag == 'td':
+            self.tables[-1][1][-1].append(attributes['data-value'])
+
+    def handle_data(self, data):
+        if self.is_open and self.tables[-1][0] and len(self.tables[-1][1]) == 1:
+            self.tables[-1][0][-1] += data
+
+
+def sorted_by(lines, column, sign=1):
+    """Sort as the script of the page does."""
+    numbers = {line[column]: float(line[column] or 'nan') for line in lines}
+    return sorted(lines, key=lambda line: (line[column] == '', sign * numbers[line[column]]))
+
+
+def test_tables_sort_by_the_values_of_their_cells(tmp_path):
+    rows = [
+        row_of(name, E=(e, 1, 2), plain_mCE=mce)
+        for name, e, mce in (
+            ('<b>', 9.96, (45.2, 1, 2)),
+            ('a', 10.04, ('', '', '')),
+            ('c', 100.0, (5.1, 1, 2)),
+        )
+    ]
+    text = page.document([page.table(rows, ['model'], ['E', 'plain_mCE', 'R_net'])])
+    (table,) = Sortable(text).tables
+    heads, (head, *lines) = table
+    assert (heads, head) == (['model', 'E', 'plain mCE'], [])
+    assert lines == [['<b>', '9.96', '45.2'], ['a', '10.04', ''], ['c', '100.0', '5.1']]
+    # As text 100.0 and 10.04 come before 9.96, and the page shows 10.0 for both smaller ones.
+    assert [line[0] for line in sorted_by(lines, 1)] == ['<b>', 'a', 'c'] and text.count('>10.0<') == 2
+    assert [line[0] for line in sorted_by(lines, 2)] == ['c', '<b>', 'a']
+    assert [line[0] for line in sorted_by(lines, 2, -1)] == ['<b>', 'c', 'a']
+    assert text.count('<script>') == 1 and 'src=' not in text.partition('<script>')[2]
+    assert 'button' not in Sortable(text).tags  # without JavaScript the head is text
+
+
+def test_the_tables_of_models_and_of_corruptions_sort(tmp_path):
+    errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@1': (3, 4), 'pp@2': (2, 7)}
+    path = write_report([write_finished(tmp_path / 'results', errors, baseline='plain')], tmp_path / 'page')
+    tables = Sortable(path.read_text()).tables
+    # Means, differences, CE of the means; then the single runs and their CE.
+    assert [[heads[0], len(lines) - 1] for heads, lines in tables] == [
+        ['model', 2],
+        ['model', 1],
+        ['CE, %', 15],
+        ['model', 4],
+        ['CE, %', 15],
+    ]
+    assert tables[0][1][1][:4] == ['plain', '2', '30.0', '55.0'] and tables[2][1][1] == [
+        'gaussian noise',
+        '55.0',
+        '55.0',
+    ]
 
 
 def test_an_arrow_whose_interval_holds_0_is_grey():

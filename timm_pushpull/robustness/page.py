@@ -35,6 +35,29 @@ __all__ = [
     'table',
 ]
 
+# Makes a button of each head of a sortable table. Cells sort by data-value: numbers as numbers, empty cells last.
+SCRIPT = """
+for (const table of document.querySelectorAll('table.sortable')) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  if (body.rows.length > 1) heads.forEach((head, column) => {
+    const button = document.createElement('button');
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener('click', () => {
+      const up = head.getAttribute('aria-sort') !== 'ascending', sign = up ? 1 : -1;
+      const value = row => row.cells[column].dataset.value;
+      const compare = (a, b) => isNaN(a) || isNaN(b) ? a.localeCompare(b, 'en', {numeric: true}) : a - b;
+      const rows = [...body.rows].sort((a, b) => {
+        const [x, y] = [value(a), value(b)];
+        return (x === '') - (y === '') || sign * compare(x, y);
+      });
+      heads.forEach(other => other.removeAttribute('aria-sort'));
+      head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+      body.append(...rows);
+    });
+  });
+}
+"""
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 46rem; margin: 0 auto;
@@ -51,6 +74,11 @@ th { font-weight: 600; max-width: 14rem; }
 th:first-child, td:first-child { text-align: left; }
 .wide th:first-child, .wide td:first-child { position: sticky; left: 0; background: #fff; min-width: 7.5rem;
                                              max-width: 18rem; overflow-wrap: anywhere; }
+th button { font: inherit; color: inherit; text-align: inherit; background: none; border: 0; padding: 0;
+            cursor: pointer; }
+th button::after { content: " \\2195"; color: #767676; }
+th[aria-sort=ascending] button::after { content: " \\2191"; color: inherit; }
+th[aria-sort=descending] button::after { content: " \\2193"; color: inherit; }
 summary { cursor: pointer; font-size: 1.2rem; font-weight: 600; margin: 2.5rem 0 .5rem; }
 td small { display: block; color: #555; white-space: nowrap; font-weight: 400; }
 figure { margin: 1.5rem 0; }
@@ -63,9 +91,11 @@ dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
 .protocol { font-size: .85rem; } .protocol td { text-align: left; max-width: 18rem; }
 @media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding-right: .45rem; }
                             th { min-width: 3.6rem; max-width: 7rem; overflow-wrap: anywhere; }
+                            th:not([aria-sort]) button::after { content: none; }
                             .wide { max-width: 100%; }
                             .wide th:first-child, .wide td:first-child { min-width: 6rem; max-width: 6rem; } }
-@media print { body { max-width: none; font-size: 10pt; } figure, .strip div { break-inside: avoid; }
+@media print { th button::after { content: none !important; }
+               body { max-width: none; font-size: 10pt; } figure, .strip div { break-inside: avoid; }
                figure img { max-width: 11cm; } h2 { break-after: avoid; }
                .strip { grid-template-columns: repeat(6, 1fr); } }
 """
@@ -83,7 +113,7 @@ def document(sections: Iterable[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Robustness to corruptions</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
-        f'<body>\n<h1>Robustness to corruptions</h1>\n{"".join(sections)}</body></html>\n'
+        f'<body>\n<h1>Robustness to corruptions</h1>\n{"".join(sections)}<script>{SCRIPT}</script></body></html>\n'
     )
 
 
@@ -118,7 +148,7 @@ def folded(title: str, sections: Iterable[str]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], measures: Sequence[str]) -> str:
-    """Return a table with one line for each row.
+    """Return a table with one line for each row, which sorts by a click on the head of a column.
 
     Args:
         rows: Rows of a summary, or rows with the same columns.
@@ -129,12 +159,30 @@ def table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], measures: Se
         HTML.
     """
     measures = _known(rows, measures)
-    head = ''.join(f'<th>{name.replace("_", " ")}</th>' for name in (*labels, *measures))
-    lines = [f'<tr>{head}</tr>']
-    for row in rows:
-        cells = [html.escape(str(row[label])) for label in labels] + [_with_interval(row, name) for name in measures]
-        lines.append(f'<tr>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    heads = [name.replace('_', ' ') for name in (*labels, *measures)]
+    lines = [
+        [
+            *(_cell(row[label]) for label in labels),
+            *(_cell(row.get(name, ''), _with_interval(row, name)) for name in measures),
+        ]
+        for row in rows
+    ]
+    return _sortable(heads, lines)
+
+
+def _sortable(heads: Iterable[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table that sorts, from the words of its head and the cells of its lines."""
+    head = ''.join(f'<th scope="col">{html.escape(words)}</th>' for words in heads)
+    body = ''.join(f'<tr>{"".join(cells)}</tr>' for cells in lines)
+    return (
+        f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _cell(value: Any, shown: str | None = None) -> str:
+    """Return a cell that sorts by its value; its HTML is given if it is not the value itself."""
+    words = html.escape(str(value))
+    return f'<td data-value="{words}">{words if shown is None else shown}</td>'
 
 
 def _known(rows: Sequence[Mapping[str, Any]], measures: Iterable[str]) -> list[str]:
@@ -195,13 +243,15 @@ def shifts_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of errors on natural shifts, and what its columns hold.
 
     Args:
-        rows: What :func:`~timm_pushpull.robustness.shifts.shift_rows` returns.
+        rows: What :func:`~timm_pushpull.robustness.shifts.shift_rows` returns, or their means over training runs.
 
     Returns:
         HTML.
     """
-    columns = table(rows, ['model', 'shift', 'images', 'classes'], list(SHIFT_MEASURES))
-    return columns + _definitions(rows, SHIFT_MEASURES)
+    over_runs = 'runs' in rows[0]
+    labels = ['model', *(['runs'] if over_runs else []), 'shift', 'images', 'classes']
+    note = f'<p>{RUNS_NOTE}</p>' if over_runs else ''
+    return table(rows, labels, list(SHIFT_MEASURES)) + note + _definitions(rows, SHIFT_MEASURES)
 
 
 def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -348,15 +398,14 @@ def corruption_table(rows: Sequence[Mapping[str, Any]], corruptions: Sequence[st
     Returns:
         HTML.
     """
-    head = ''.join(f'<th>{html.escape(row["model"])}</th>' for row in rows)
-    lines = [f'<tr><th>CE, %</th>{head}</tr>']
-    for name in corruptions:
-        cells = ''.join(f'<td>{_with_interval(row, f"CE_{name}")}</td>' for row in rows)
-        lines.append(f'<tr><td>{words_of(name)}</td>{cells}</tr>')
+    lines = [
+        [_cell(words_of(name)), *(_cell(row.get(f'CE_{name}', ''), _with_interval(row, f'CE_{name}')) for row in rows)]
+        for name in corruptions
+    ]
     note = f'Means over severities {rows[0]["severities"]}; – where a model did not see all of them.'
     if 'runs' in rows[0]:
         note += f' {RUNS_NOTE}'
-    return f'<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
+    return f'{_sortable(["CE, %", *(row["model"] for row in rows)], lines)}<p>{note}</p>'
 
 
 def example_strips(examples: Sequence[ExampleImage], name_models: bool) -> str:

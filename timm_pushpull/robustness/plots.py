@@ -27,6 +27,7 @@ __all__ = [
     'plot_error_by_severity',
     'plot_examples',
     'plot_mce_against_clean_error',
+    'plot_overview',
     'plot_pairs',
     'plot_reliability',
 ]
@@ -34,7 +35,62 @@ __all__ = [
 MARKERS = 'osD^vPX<'  # one more than there are colours: the eighth model differs from the first
 FEWEST_PREDICTIONS = 20  # of a bin in the reliability diagram
 ZERO_LINE = 'R_net = 0'
+SETS = {'E': 'clean (E)', 'other_mCE': 'other corruptions (other mCE)', 'plain_mCE': 'corrupted (plain mCE)'}
 GAIN, LOSS, OPEN = COLORS[0], COLORS[1], '#999999'
+
+
+def plot_overview(rows: Sequence[Mapping[str, Any]], shifts: Sequence[Mapping[str, Any]] = ()) -> 'Figure | None':
+    """Plot the errors of each model on clean, corrupted and naturally shifted images, with intervals.
+
+    Args:
+        rows: Rows of a summary, or of its means over training runs.
+        shifts: Errors of the same models on natural shifts, see
+            :func:`~timm_pushpull.robustness.shifts.shift_rows`.
+
+    Returns:
+        The figure: models from the lowest plain mCE down, else in the order of the mean over other corruptions or of
+        the clean error. None if no model has any of these errors.
+    """
+    points = {words: [(row, measure) for row in rows if row.get(measure, '') != ''] for measure, words in SETS.items()}
+    for row in shifts:
+        points.setdefault(row['shift'], []).append((row, 'top1_err'))
+    points = {words: found for words, found in points.items() if found}
+    if not points:
+        return None
+    by = next((measure for measure in reversed(SETS) if SETS[measure] in points), 'E')
+    names = [row['model'] for row in sorted(rows, key=lambda row: (row.get(by, '') == '', row.get(by, '')))]
+    titles = {name: _in_two_lines(name) if len(name) > 56 else name for name in names}
+    starts, height = {}, 0.0  # of the errors of each model, below its name, in inches from the top
+    for name in names:
+        starts[name] = height + 0.05 + 0.17 * (titles[name].count('\n') + 1)
+        height = starts[name] + 0.1 * len(points) + 0.08
+    figure = new_figure(height + 0.6)
+    axes = figure.subplots()
+    for number, (words, found) in enumerate(points.items()):
+        values, spread = (
+            np.concatenate(parts, -1) for parts in zip(*(_with_spread(row, [m]) for row, m in found), strict=True)
+        )
+        heights = [starts[row['model']] + 0.1 * (number + 0.5) for row, _ in found]
+        axes.errorbar(values, heights, xerr=spread, linestyle='', lw=1, label=words, **_style(number))
+    for name in names:
+        axes.text(
+            0.01,
+            starts[name],
+            titles[name],
+            fontsize=9,
+            va='bottom',
+            linespacing=1,
+            transform=axes.get_yaxis_transform(),
+        )
+        axes.axhline(starts[name] + 0.1 * len(points) + 0.08, color='#999', lw=0.8)
+    axes.set_yticks([])
+    axes.set_ylim(height, 0)
+    axes.set_xlabel('top-1 error, %', fontsize=9)
+    axes.grid(axis='x', color='#ddd', lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+    _add_legend(figure, axes)
+    return figure
 
 
 def plot_mce_against_clean_error(rows: Sequence[Mapping[str, Any]]) -> 'Figure | None':

@@ -17,7 +17,16 @@ from .examples import read_examples
 from .fairness import unfair_comparisons
 from .metrics import COMPARISONS
 from .paired import checkpoint_pairs, paired_differences
-from .runs import Runs, difference_of_means, find_pairs, group_runs, less_baseline, means_over_runs, select_runs
+from .runs import (
+    Runs,
+    difference_of_means,
+    find_pairs,
+    group_runs,
+    less_baseline,
+    means_over_runs,
+    select_runs,
+    shift_means_over_runs,
+)
 from .shifts import shift_rows
 from .store import differences, read_predictions, read_protocol
 from .summary import baseline_of, check_baseline, columns_of, model_of, read_baseline, read_summary, summarize
@@ -203,8 +212,11 @@ def _tables_and_plots(
     models = group_runs(rows)
     means = means_over_runs(models) if len(models) < len(rows) else []
     shown = means or rows  # tables and plots of every single run would be too full
+    shown_shifts = shift_means_over_runs(shifts) if means else shifts
     spread = 'mean of the training runs, and their range' if means else 'with 95% intervals'
     captions = {
+        'overview': f'Top-1 error, {spread}; further left is better. The sets may differ in their classes.'
+        + (' The model with the lowest error under corruptions is on top.' if len(shown) > 1 else ''),
         'mce_against_clean_error': f'Plain mCE against the clean error, {spread}; {page.lower_left_note(shown)}',
         'error_by_corruption': f'Top-1 error by corruption, mean over the severities, {spread}.',
         'error_by_severity': 'Top-1 error by severity, mean over the corruptions of a kind; 0 is clean.',
@@ -217,12 +229,15 @@ def _tables_and_plots(
         **figures,
     }
     reliability = drawn.pop('reliability', None)  # stands beside the calibration
+    sections = _write_plot(
+        plots.plot_overview(shown, shown_shifts), output / f'{prefix}overview.png', captions['overview']
+    )
     if means:
-        sections = ['<h2>Over training runs</h2>', page.runs_table(means, rows), page.measure_notes(rows)]
+        sections += ['<h2>Over training runs</h2>', page.runs_table(means, rows), page.measure_notes(rows)]
     else:
-        sections = ['<h2>Measures</h2>', page.measures_table(rows), page.measure_notes(rows)]
+        sections += ['<h2>Measures</h2>', page.measures_table(rows), page.measure_notes(rows)]
     if shifts:
-        sections += ['<h2>Natural shifts</h2>', page.shifts_table(shifts)]
+        sections += ['<h2>Natural shifts</h2>', page.shifts_table(shown_shifts)]
     baseline = rows[0]['baseline']
     if from_baseline := less_baseline(models, baseline):
         sections += ['<h2>Less the baseline</h2>', page.baseline_differences(from_baseline, baseline)]
@@ -239,7 +254,8 @@ def _tables_and_plots(
     corruptions = plots.measured_corruptions(rows)
     sections.append(page.corruption_table(shown, corruptions))
     if means:
-        tables = [page.measures_table(rows), page.corruption_table(rows, corruptions)]
+        tables = [page.measures_table(rows), *([page.shifts_table(shifts)] if shifts else [])]
+        tables.append(page.corruption_table(rows, corruptions))
         return [*sections, page.folded(f'The {len(rows)} single training runs', [*tables, *strips])]
     return [*sections, '<h2>Images and predictions</h2>', *strips] if strips else sections
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import MissingExtraError
 from .metrics import KINDS
+from .shifts import SHIFT_MEASURES
 from .summary import columns_of, model_of
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     'less_baseline',
     'means_over_runs',
     'select_runs',
+    'shift_means_over_runs',
 ]
 
 MEASURES = ('E', 'plain_mCE', 'alexnet_normalized_mCE', *KINDS)
@@ -67,10 +69,33 @@ def means_over_runs(models: Runs) -> list[dict[str, Any]]:
         row: dict[str, Any] = {'model': model, 'runs': len(runs)}
         row |= {name: runs[0][name] for name in ('baseline', 'severities')}
         for measure in (*measures, *KINDS):
-            values = [run.get(measure, '') for run in runs]
-            numbers = ('', '', '') if '' in values else (np.mean(values), min(values), max(values))
-            row |= dict(zip(columns_of(measure), numbers, strict=True))
+            row |= _mean_and_range(runs, measure)
         rows.append(row)
+    return rows
+
+
+def _mean_and_range(runs: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
+    values = [run.get(measure, '') for run in runs]
+    numbers = ('', '', '') if '' in values else (np.mean(values), min(values), max(values))
+    return dict(zip(columns_of(measure), numbers, strict=True))
+
+
+def shift_means_over_runs(shifts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Compute the mean and the range of the errors on natural shifts over the training runs of each model.
+
+    Args:
+        shifts: What :func:`~timm_pushpull.robustness.shifts.shift_rows` returns.
+
+    Returns:
+        One row for each model and shift, with the number of ``runs`` and the columns of a row of one run.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in shifts:
+        groups.setdefault((model_of(row['model']), row['shift']), []).append(row)
+    rows = []
+    for (model, _), runs in groups.items():
+        means = [_mean_and_range(runs, measure) for measure in SHIFT_MEASURES]
+        rows.append({**runs[0], 'model': model, 'runs': len(runs), **{k: v for mean in means for k, v in mean.items()}})
     return rows
 
 
