@@ -28,18 +28,21 @@ from timm_pushpull.robustness.store import (
 
 
 def write_shift(folder, name, ranks, classes):
-    """Write a natural shift of one model with these ranks."""
+    """Write a natural shift of the model a with these ranks, or of models with the ranks of each."""
+    of_models = ranks if isinstance(ranks, dict) else {'a': ranks}
+    ranks = next(iter(of_models.values()))
     path = folder if name is None else shifted_folder(folder, name)
     path.parent.mkdir(exist_ok=True)
-    write_results(path, {'a': {}}, images=len(ranks), classes=len(classes))
+    write_results(path, {model: {} for model in of_models}, images=len(ranks), classes=len(classes))
     if name is not None:
         protocol = json.loads((path / 'protocol.json').read_text())
         protocol['corruptions'] = {'shift': name}
         (path / 'protocol.json').write_text(json.dumps(protocol))
     write_image_table(path, map(str, range(len(ranks))), [0] * len(ranks), classes)
-    predictions = np.zeros(len(ranks), EARLIER_PREDICTION)
-    predictions['rank'] = ranks
-    write_predictions(predictions_path(path, 'a', 'clean', 0), predictions)
+    for model, ranks in of_models.items():
+        predictions = np.zeros(len(ranks), EARLIER_PREDICTION)
+        predictions['rank'] = ranks
+        write_predictions(predictions_path(path, model, 'clean', 0), predictions)
     return path
 
 
@@ -144,6 +147,31 @@ def test_the_page_has_the_shifts(tmp_path):
     assert [cell.split()[0] for cell in row.split('  ')[4:]] == ['40.0', '30.0', '30.0']
     alone = Page(write_report([shifted_folder(tmp_path, 'sketch <1>')], tmp_path / 'alone'))
     assert any('natural shift sketch <1>, without corruptions' in text for text in alone.texts)
+
+
+def test_the_page_has_the_shifts_over_training_runs(tmp_path, monkeypatch):
+    pytest.importorskip('matplotlib')
+    from test_report import Page
+
+    from timm_pushpull.robustness import plots
+
+    drawn, plot = [], plots.plot_overview
+    monkeypatch.setattr(plots, 'plot_overview', lambda *rows: drawn.append(rows) or plot(*rows))
+    write_shift(tmp_path, None, {'a@1': [0] * 9 + [5], 'a@2': [0] * 7 + [5] * 3}, ['x', 'y'])
+    write_shift(tmp_path, 's', {'a@1': [0] * 6 + [5] * 4, 'a@2': [0] * 2 + [5] * 8}, ['x', 'y'])
+    page = Page(write_report([tmp_path], tmp_path / 'page'))
+    # 40 and 80 % are wrong, 10 and 30 of the clean images.
+    assert page.row('a')[1].split('  ')[1:5] == ['2', 's', '10', '2']
+    assert [cell.split() for cell in page.row('a')[1].split('  ')[5:]] == [
+        ['60.0', '40.0', 'to', '80.0'],
+        ['60.0', '40.0', 'to', '80.0'],
+        ['40.0', '30.0', 'to', '50.0'],
+    ]
+    (means, shifts) = drawn[0]
+    assert [(row['model'], row['E']) for row in means] == [('a', 20)]
+    assert [(row['model'], row['shift'], row['top1_err']) for row in shifts] == [('a', 's', 60)]
+    single = [row.split('  ')[1].split()[0] for row in (*page.row('a@1'), *page.row('a@2'))]
+    assert single == ['10.0', 's', '30.0', 's']
 
 
 def test_command(tmp_path, capsys):
