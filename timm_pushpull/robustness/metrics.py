@@ -63,6 +63,8 @@ MEANS = {
     'baseline',
     'R_net': 'net reduction in error, %: 100 ((mCE_b - mCE) + (E_b - E)) / (2 E_b); mCE is the plain mCE, b the '
     'baseline. The push-pull paper prints no formula; this formula reproduces its table',
+    # ImageNet-C-bar has no published divisors: its authors report this mean (imagenet_c_bar/test_c_bar.py of
+    # https://github.com/facebookresearch/augmentation-corruption).
     'other_mCE': 'plain mean of the top-1 errors over the corruptions that ImageNet-C lacks, %',
 }
 COMPARISONS = ('relative_mCE', 'R_net')  # the means that need a baseline
