@@ -69,6 +69,8 @@ def test_only_corruptions_of_the_test_count(tmp_path):
     ]
     fog = [('fog', 2), ('contrast', 2)]
     assert [sentence[:4] for sentence in write_models(tmp_path / 'fog', augmentations, fog)] == ['a@1,', 'e: t']
+    with pytest.raises(ValueError, match='must hold fields by name, or nothing as models.a.augmentation, got 7'):
+        write_models(tmp_path / 'wrong', {'a': 7}, fog)
     others = [('checkerboard_cutout', 1), ('color_quant', 1)]
     found = write_models(tmp_path / 'others', {'a': v0, 'b': {'reprob': 0.2}}, others, stored_as='a/b')
     assert [sentence.split('test, ')[1].split('.')[0] for sentence in found] == [

@@ -50,6 +50,13 @@ OPTIONS = dict(
     std=[0.4, 0.5, 0.6],
     seed=7,
     class_map='',
+    no_aug=False,
+    aa='rand-m3',
+    color_jitter=0.3,
+    color_jitter_prob=0.1,
+    gaussian_blur_prob=0.2,
+    grayscale_prob=0.3,
+    reprob=0.4,
 )
 
 
@@ -131,6 +138,7 @@ FORMATS = {
     f'hub/{NAME}/{CONFIG}': (write_hub_folder, check),
     f'hub/{NAME}/{CARD}': (write_hub_folder, check),
     f'hub/{NAME}/{CHECKSUM}': (write_hub_folder, check),
+    f'beside a checkpoint: {RECIPE}': (write_run, weights_of('plain.pth')),
     'last.pth.tar': (write_run, weights_of('last.pth.tar')),
     'plain.pth': (write_run, weights_of('plain.pth')),
     'plain.safetensors': (write_run, weights_of('plain.safetensors')),
@@ -240,7 +248,7 @@ def test_fields_of_the_protocol(written, tmp_path):
 
 def test_fields_of_the_options(written, tmp_path):
     spoiled = [(words, yaml.safe_dump(value).encode()) for words, value in spoil_fields(OPTIONS)]
-    for format in (RECIPE, f'check: hub/{NAME}/{RECIPE}'):
+    for format in (RECIPE, f'check: hub/{NAME}/{RECIPE}', f'beside a checkpoint: {RECIPE}'):
         check_format(format, spoiled, written, tmp_path)
 
 

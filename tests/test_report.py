@@ -390,12 +390,12 @@ def test_the_overview_has_each_error_below_the_name_of_its_model():
     (best, top), (worst, middle), (clean_only, low) = names
     assert (best, worst, clean_only) == ('best', 'worst', 'clean only') and 0 < top < middle < low
     assert points == {
-        'clean (E)': [(middle + 5, 8, 10, 14), (top + 5, 17, 20, 22), (low + 5, 4, 5, 9)],
-        'corrupted (plain mCE)': [(middle + 15, 66, 70, 73), (top + 15, 39, 40, 45)],
-        'a': [(middle + 25, 80, 81, 85), (top + 25, 61, 62, 64)],
-        'r': [(top + 35, 48, 52, 53)],
+        'clean (E)': [(middle + 8, 8, 10, 14), (top + 8, 17, 20, 22), (low + 8, 4, 5, 9)],
+        'corrupted (plain mCE)': [(middle + 18, 66, 70, 73), (top + 18, 39, 40, 45)],
+        'a': [(middle + 28, 80, 81, 85), (top + 28, 61, 62, 64)],
+        'r': [(top + 38, 48, 52, 53)],
     }
-    assert top + 35 < middle - 17 and middle + 35 < low - 17  # no point of one is beside the name of the next
+    assert top + 38 < middle - 17 and middle + 38 < low - 17  # no point of one is beside the name of the next
 
 
 def test_the_overview_has_what_there_is():

@@ -4,7 +4,6 @@ import argparse
 import os
 import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
 from .errors import InputError
-from .fields import read_mapping
 
-__all__ = ['augmentation_of', 'model_args_of', 'read_checkpoint', 'read_options_beside', 'set_data_config']
+__all__ = ['augmentation_of', 'model_args_of', 'read_checkpoint', 'set_data_config']
 
 AUGMENTATION = (
     'aa',
@@ -66,22 +64,6 @@ def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = False) -> dict
             raise InputError(f'{path} must hold a tensor as {name}, got {reprlib.repr(tensor)}.')
     options = content.get('args')
     return vars(options) if isinstance(options, argparse.Namespace) else {}
-
-
-def read_options_beside(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the options of the training from the ``args.yaml`` beside a checkpoint, as ``train.py`` writes it.
-
-    Args:
-        path: Checkpoint.
-
-    Returns:
-        Options of ``train.py`` by name; empty if there is no such file.
-
-    Raises:
-        ValueError: If the file is not YAML, or holds anything else.
-    """
-    options = Path(path).with_name('args.yaml')
-    return read_mapping(options) if options.is_file() else {}
 
 
 def augmentation_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,10 @@ TRAINING_OPTIONS = {  # those of train.py that this package reads
     'std': optional(CHANNELS),
     'seed': optional(INTEGER),
     'class_map': optional(TEXT),
+    'no_aug': optional(FLAG),
+    'aa': optional(TEXT),
+    'color_jitter': optional(Kind('a number, or several', lambda value: NUMBER.fits(value) or CHANNELS.fits(value))),
+    **dict.fromkeys(('color_jitter_prob', 'gaussian_blur_prob', 'grayscale_prob', 'reprob'), optional(NUMBER)),
 }
 
 

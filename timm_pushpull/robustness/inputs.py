@@ -3,16 +3,17 @@
 import contextlib
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from timm.data import create_dataset
 from timm.models import create_model, load_checkpoint
 
-from ..checkpoint import augmentation_of, model_args_of, read_checkpoint, read_options_beside, set_data_config
+from ..checkpoint import augmentation_of, model_args_of, read_checkpoint, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
-from ..fields import TRAINING_OPTIONS, check_fields
+from ..fields import TRAINING_OPTIONS, check_fields, read_mapping
 from ..layers.push_pull import PushPullConv2d
 from .classes import check_not_training
 
@@ -111,11 +112,11 @@ def load_model(
             alpha and the model would keep a random one.
         OSError: If pretrained weights cannot be downloaded.
     """
-    options = {} if checkpoint is None else read_checkpoint(checkpoint, use_ema)
-    beside = {} if checkpoint is None else read_options_beside(checkpoint)
-    options, beside = (found if _is_of(name, found) else {} for found in (options, beside))
-    if checkpoint is not None and options:
-        check_fields(checkpoint, options, TRAINING_OPTIONS, 'args')
+    options: dict[str, Any] = {}
+    if checkpoint is not None:
+        options = _options_of(name, checkpoint, read_checkpoint(checkpoint, use_ema), 'args')
+        beside = Path(checkpoint).with_name('args.yaml')
+        recipe = options or (_options_of(name, beside, read_mapping(beside)) if beside.is_file() else {})
     if num_classes is not None:
         model_kwargs['num_classes'] = num_classes
     source = f'{name} with {checkpoint}'
@@ -125,7 +126,7 @@ def load_model(
             set_data_config(model, options)
     if checkpoint is None:
         return model
-    model.training_augmentation = augmentation_of(options or beside)
+    model.training_augmentation = augmentation_of(recipe)
     drawn = _erase_drawn_alpha(model)
     with refused_by_timm(source):
         load_checkpoint(model, os.fspath(checkpoint), use_ema)
@@ -138,9 +139,12 @@ def load_model(
     return model
 
 
-def _is_of(name: str, options: Mapping[str, Any]) -> bool:
-    """Tell whether options of a training are those of a network, not of another one."""
-    return str(options.get('model')).partition('.')[0] == name.partition('.')[0]
+def _options_of(name: str, path: str | os.PathLike[str], options: dict[str, Any], within: str = '') -> dict[str, Any]:
+    """Check the options of a training in a file; return none if they are those of another network."""
+    if str(options.get('model')).partition('.')[0] != name.partition('.')[0]:
+        return {}
+    check_fields(path, options, TRAINING_OPTIONS, within)
+    return options
 
 
 def _erase_drawn_alpha(model: Any) -> list[Any]:

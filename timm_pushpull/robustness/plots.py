@@ -63,14 +63,14 @@ def plot_overview(rows: Sequence[Mapping[str, Any]], shifts: Sequence[Mapping[st
     starts, height = {}, 0.0  # of the errors of each model, below its name, in inches from the top
     for name in names:
         starts[name] = height + 0.05 + 0.17 * (titles[name].count('\n') + 1)
-        height = starts[name] + 0.1 * len(points) + 0.08
+        height = starts[name] + 0.1 * (len(points) + 1)
     figure = new_figure(height + 0.6)
     axes = figure.subplots()
     for number, (words, found) in enumerate(points.items()):
         values, spread = (
             np.concatenate(parts, -1) for parts in zip(*(_with_spread(row, [m]) for row, m in found), strict=True)
         )
-        heights = [starts[row['model']] + 0.1 * (number + 0.5) for row, _ in found]
+        heights = [starts[row['model']] + 0.08 + 0.1 * number for row, _ in found]
         axes.errorbar(values, heights, xerr=spread, linestyle='', lw=1, label=words, **_style(number))
     for name in names:
         axes.text(
@@ -82,7 +82,7 @@ def plot_overview(rows: Sequence[Mapping[str, Any]], shifts: Sequence[Mapping[st
             linespacing=1,
             transform=axes.get_yaxis_transform(),
         )
-        axes.axhline(starts[name] + 0.1 * len(points) + 0.08, color='#999', lw=0.8)
+        axes.axhline(starts[name] + 0.1 * (len(points) + 1), color='#999', lw=0.8)
     axes.set_yticks([])
     axes.set_ylim(height, 0)
     axes.set_xlabel('top-1 error, %', fontsize=9)

@@ -53,7 +53,7 @@ import numpy as np
 from filelock import FileLock
 
 from ..errors import InputError
-from ..fields import COUNT, FLAG, INTEGER, MAPPING, NUMBER, POSITIVE, SIZE, TEXT, check_fields, read_mapping
+from ..fields import COUNT, FLAG, INTEGER, MAPPING, NUMBER, POSITIVE, SIZE, TEXT, check_fields, optional, read_mapping
 from ..files import atomic_write
 from .metrics import CLEAN, HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
 
@@ -133,6 +133,7 @@ def read_protocol(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f'{path} must name at least one model.')
     check_fields(path, protocol['models'], dict.fromkeys(protocol['models'], MAPPING), 'models')
     view = {'input_size': SIZE, 'crop_pct': POSITIVE, 'interpolation': TEXT, 'param_count': NUMBER}
+    view['augmentation'] = optional(MAPPING)
     for name, details in protocol['models'].items():
         check_fields(path, details, view, f'models.{name}')
     return protocol
