@@ -14,15 +14,7 @@ from .errors import InputError
 
 __all__ = ['augmentation_of', 'model_args_of', 'read_checkpoint', 'set_data_config']
 
-AUGMENTATION = (
-    'aa',
-    'color_jitter',
-    'color_jitter_prob',
-    'gaussian_blur_prob',
-    'grayscale_prob',
-    'no_aug',
-    'reprob',
-)
+AUGMENTATION = 'aa color_jitter color_jitter_prob gaussian_blur_prob grayscale_prob no_aug reprob'.split()
 
 
 def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = False) -> dict[str, Any]:

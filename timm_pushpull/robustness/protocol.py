@@ -118,7 +118,7 @@ def _describe_labels(valid_labels: Sequence[int] | None, model: Any) -> dict[str
 
 
 def _describe_training(model: Any) -> dict[str, Any]:
-    """Describe the augmentation of the training, where the checkpoint says it, see :mod:`.fairness`."""
+    """Describe the augmentation of the training, where the checkpoint says it."""
     augmentation = getattr(model, 'training_augmentation', {})
     return {'augmentation': augmentation} if augmentation else {}
 

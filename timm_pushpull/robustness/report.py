@@ -214,9 +214,11 @@ def _tables_and_plots(
     shown = means or rows  # tables and plots of every single run would be too full
     shown_shifts = shift_means_over_runs(shifts) if means else shifts
     spread = 'mean of the training runs, and their range' if means else 'with 95% intervals'
+    corrupted = any(row.get(measure, '') != '' for row in rows for measure in ('plain_mCE', 'other_mCE'))
+    ranked_by = 'under corruptions' if corrupted else 'on clean images'
     captions = {
         'overview': f'Top-1 error, {spread}; further left is better. The sets may differ in their classes.'
-        + (' The model with the lowest error under corruptions is on top.' if len(shown) > 1 else ''),
+        + (f' The model with the lowest error {ranked_by} is on top.' if len(shown) > 1 else ''),
         'mce_against_clean_error': f'Plain mCE against the clean error, {spread}; {page.lower_left_note(shown)}',
         'error_by_corruption': f'Top-1 error by corruption, mean over the severities, {spread}.',
         'error_by_severity': 'Top-1 error by severity, mean over the corruptions of a kind; 0 is clean.',
