@@ -12,7 +12,7 @@ from torch import nn
 from timm_pushpull.cli import main
 from timm_pushpull.robustness.adaptation import adapted_batch_norm, adapted_name
 from timm_pushpull.robustness.evaluate import ORDER_SEED, evaluate_robustness
-from timm_pushpull.robustness.store import PROBABILITIES, UNREADABLE, read_predictions, read_protocol
+from timm_pushpull.robustness.store import PROBABILITIES, UNREADABLE, read_csv, read_predictions, read_protocol
 
 GEOMETRY = dict(
     input_size=(3, 32, 32), crop_pct=1.0, interpolation='bilinear', mean=(0.2, 0.5, 0.7), std=(0.1, 0.2, 0.6)
@@ -126,6 +126,7 @@ def test_an_adapted_model_stands_beside_the_model(data, tmp_path):
         'order_seed': ORDER_SEED,
     }
     assert models['net+bn4@2'] == models['net@2']
+    assert [row['model'] for row in read_csv(tmp_path / 'both' / 'results-clean.csv')] == ['net@2']
 
 
 def test_unreadable_images_adapt_nothing(data, tmp_path):

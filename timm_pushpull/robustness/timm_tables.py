@@ -14,7 +14,8 @@ The base is the table of the clean images, with the same classes. timm compares 
 clean images of these classes; here they are measured as another shift, NAME-clean, which is then the base of NAME.
 Without such a base the differences are empty.
 
-With ImageNet-ReaL labels the first two tables are not written: timm's accuracies there are by the images' own labels.
+Models that adapt their BatchNorm to the images have no row: timm's do not adapt. With ImageNet-ReaL labels the first
+two tables are not written: timm's accuracies there are by the images' own labels.
 """
 
 import os
@@ -66,11 +67,11 @@ def _accuracies(folder: Path, passes: Collection[tuple[str, int]]) -> list[dict[
     models, rows = read_protocol(folder)['models'], []
     for name, arrays in read_predictions(folder).items():
         ranks = [readable_ranks(arrays[key]) for key in passes if key in arrays]
-        if len(ranks) < len(passes) or not all(map(len, ranks)):
+        details = models[name]
+        if len(ranks) < len(passes) or not all(map(len, ranks)) or 'adapt_batch_norm' in details:
             continue
         # Rounded as in the file, from which timm computes the differences.
         top1, top5 = (round(100 * np.mean([np.mean(rank < top) for rank in ranks]), 3) for top in (1, TOP))
-        details = models[name]
         rows.append(
             {'model': name, 'img_size': details['input_size'][-1]}
             | {'top1': top1, 'top1_err': 100 - top1, 'top5': top5, 'top5_err': 100 - top5}
