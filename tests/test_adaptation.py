@@ -12,6 +12,7 @@ from torch import nn
 from timm_pushpull.cli import main
 from timm_pushpull.robustness.adaptation import adapted_batch_norm, adapted_name
 from timm_pushpull.robustness.evaluate import ORDER_SEED, evaluate_robustness
+from timm_pushpull.robustness.page import protocol_sentence
 from timm_pushpull.robustness.store import PROBABILITIES, UNREADABLE, read_csv, read_predictions, read_protocol
 
 GEOMETRY = dict(
@@ -119,12 +120,10 @@ def test_an_adapted_model_stands_beside_the_model(data, tmp_path):
         assert adapted['confidence'][batch] == pytest.approx(expected.max(1), rel=1e-4)
         assert np.array_equal(adapted['prediction'][batch], expected.argmax(1))
     assert abs(adapted['confidence'] - both['net@2']['clean', 0]['confidence']).max() > 0.01
-    models = read_protocol(tmp_path / 'both')['models']
-    assert models['net+bn4@2'].pop('adapt_batch_norm') == {
-        'source_images': 4,
-        'batch_size': 8,
-        'order_seed': ORDER_SEED,
-    }
+    protocol = read_protocol(tmp_path / 'both')
+    assert 'BatchNorm adapted to each batch of images, a protocol of its own: net+bn4@2.' in protocol_sentence(protocol)
+    models, settings = protocol['models'], {'source_images': 4, 'batch_size': 8, 'order_seed': ORDER_SEED}
+    assert models['net+bn4@2'].pop('adapt_batch_norm') == settings
     assert models['net+bn4@2'] == models['net@2']
     assert [row['model'] for row in read_csv(tmp_path / 'both' / 'results-clean.csv')] == ['net@2']
 

@@ -456,6 +456,8 @@ def protocol_sentence(protocol: Mapping[str, Any]) -> str:
     if restricted:
         among = '; '.join(f'{name} {classes}' for name, classes in restricted.items())
         sentences.append(f'Predictions among the classes of the images alone: {among}.')
+    if adapted := [name for name, each in protocol['models'].items() if 'adapt_batch_norm' in each]:
+        sentences.append(f'BatchNorm adapted to each batch of images, a protocol of its own: {", ".join(adapted)}.')
     if 'real_labels_sha256' in data:
         sentences.append('Labels: ImageNet-ReaL.')
     sentences.append('Intervals: the middle 95% of 1,000 resamples of the images.')
