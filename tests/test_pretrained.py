@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import save_plain
+from safetensors.torch import load_file, save_file
 from timm.models import get_arch_pretrained_cfgs, save_for_hf
 from torch import nn
 
@@ -154,10 +155,13 @@ def test_adapted_as_timm_does(name, published):
     assert model.pretrained_cfg['architecture'] == name and 'file' not in model.pretrained_cfg
 
 
-def test_weights_of_a_plain_network_from_a_file(folders, warnings_of_timm):
-    overlay = dict(file=str(folders[TIMM] / 'model.safetensors'))
+def test_weights_of_a_plain_network_from_a_file(published, folders, warnings_of_timm, tmp_path):
+    weights = load_file(folders[TIMM] / 'model.safetensors')
+    save_file({**weights, 'fc.bias': weights['fc.bias'] + 1}, tmp_path / 'other.safetensors')
+    overlay = dict(file=str(tmp_path / 'other.safetensors'))
     model = timm.create_model('pp_resnet18', pretrained=True, pretrained_cfg_overlay=overlay)
     assert set(model.conv1.alpha.tolist()) == {0.5} and len(warnings_of_timm.records) == 1
+    assert torch.equal(model.fc.bias, weights['fc.bias'] + 1) and not published.downloads()
 
 
 def test_a_program_that_imports_only_timm(published, tmp_path):
