@@ -1,5 +1,11 @@
 """The GPU kernels against the reference; without a GPU on small images in Triton's interpreter."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from accuracy import FLOOR, GEOMETRIES, Errors, draw, output_and_grads
@@ -7,8 +13,8 @@ from accuracy import FLOOR, GEOMETRIES, Errors, draw, output_and_grads
 from timm_pushpull import PushPullConv2d
 from timm_pushpull.layers.stem import use_chunks
 
-pytest.importorskip('triton')
-from timm_pushpull.ops import triton as push_pull_triton
+triton = pytest.importorskip('triton')
+from timm_pushpull.ops import triton as push_pull_triton  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 slow = pytest.mark.slow if not CUDA else ()
@@ -104,6 +110,30 @@ def test_nan_stays_nan():
     expected = torch.zeros(9, 9, dtype=torch.bool)
     expected[2:7, 2:7] = True  # the kernel's reach plus the window's
     assert torch.equal(output[0, 0].isnan().cpu(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('architecture', [80, 90, 100])
+def test_compiled_for_a_gpu_no_register_spills(architecture, tmp_path):
+    """Of any variant that pp_resnet50's stem can launch; ``pytest -s`` prints registers and shared memory."""
+    assembler = Path(triton.__file__).parent / 'backends/nvidia/bin' / f'ptxas{"-blackwell" * (architecture >= 100)}'
+    if not assembler.exists():
+        pytest.skip(f'Triton {triton.__version__} brings no {assembler.name}, which assembles for sm_{architecture}')
+    if triton.__version__.startswith('3.2.'):
+        pytest.skip('Triton 3.2 spills a few registers of kernels that later releases compile without')
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    environment |= {'TRITON_CACHE_DIR': str(tmp_path)}
+    program = Path(__file__).with_name('compile_kernels.py')
+    command = [sys.executable, program, str(architecture), assembler]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    for row in found:
+        print(f'sm_{architecture}:', ', '.join(f'{name} {value}' for name, value in row.items()))
+    kernels = {(row['kernel'], row['window'], row['response']) for row in found if row['kernel'] != '_sum_windows'}
+    assert len(kernels) == 3 * 3 * 3
+    assert [row for row in found if row['spilled']] == []
+    assert all(0 < row['registers'] <= 255 and row['shared'] <= 48 << 10 for row in found)  # what any GPU has
 
 
 @pytest.mark.skipif(not CUDA, reason='needs a GPU')

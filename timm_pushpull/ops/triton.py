@@ -23,6 +23,9 @@ __all__ = ['push_pull', 'push_pull_backward']
 
 aten = torch.ops.aten
 
+# Left alone, NVIDIA's assembler spills a few registers of some variants, to run more threads at a time.
+NO_SPILLS = {} if torch.version.hip else {'maxnreg': 128}
+
 
 def push_pull(
     input: Tensor,
@@ -162,6 +165,8 @@ class _Forward:
                 PIXELS=self.pixels,
                 CHANNELS=self.channels,
                 ACCUMULATOR=self.accumulator,
+                num_warps=8,
+                **NO_SPILLS,
             )
 
     def by_group(self, response: Tensor) -> Tensor:
