@@ -75,7 +75,7 @@ def test_what_runs_where(monkeypatch):
     assert not runs(layer.to('meta'), x.to('meta'))
     reference = PushPullConv2d(3, 8, 3, implementation='reference')
     assert not runs(reference, x)
-    with pytest.raises(ValueError, match="implementation must be 'auto', 'fast' or 'reference', got 'quick'"):
+    with pytest.raises(ValueError, match="implementation must be 'auto', .*, got 'quick'"):
         push_pull_conv2d(x, reference.weight, 1.0, implementation='quick')
 
 

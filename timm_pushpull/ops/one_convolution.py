@@ -17,6 +17,7 @@ versions therefore convolve with :math:`W - m`, m being the mean of W, and add w
 A large m costs P precision in turn, so m is 0 where \|mean\| is at most \|c - mean\|.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,18 +143,37 @@ def one_convolution(
 ) -> Tensor:
     """Compute the operator in differentiable steps of PyTorch; arguments as :func:`operands` returns them.
 
+    ``torch.compile`` fuses all that follows the convolution.
+
     Returns:
         Response (N, O, H', W').
     """
     conv, window = unpack_geometry(geometry)
-    groups = conv['groups']
-    input, weight, c = (x.to(alpha.dtype) for x in (input, weight, c))
-    push = F.conv2d(input, weight, **conv)
-    sums = input.unflatten(1, (groups, -1)).sum(2)
-    sums = F.conv2d(sums, c.new_ones(groups, 1, *weight.shape[2:]), **conv)
-    pull = c.view(-1, 1, 1) * sums.repeat_interleave(len(c) // groups, 1) - push
-    pull = F.avg_pool2d(pull, window, 1, window // 2, count_include_pad=False)
-    return (F.relu(push) - alpha.view(-1, 1, 1) * F.relu(pull)).to(dtype)
+    by_group = conv['groups'], -1
+    with torch.autocast(input.device.type, enabled=False):
+        kernels, mean = subtract_mean(weight, c, conv_dtype(weight, dtype))
+        push = F.conv2d(input.to(kernels.dtype), kernels, **conv)
+        average = _average(push, window).to(alpha.dtype)
+        sums = _sums(input.to(alpha.dtype).unflatten(1, by_group).sum(2), weight.shape[2:], geometry).unsqueeze(2)
+        mean, c_less_mean, strength = (x.to(alpha.dtype).view(*by_group, 1, 1) for x in (mean, c - mean, alpha))
+        push = push.to(alpha.dtype).unflatten(1, by_group) + mean * sums
+        pull = c_less_mean * _average(sums.squeeze(2), window).unsqueeze(2) - average.unflatten(1, by_group)
+        return (F.relu(push) - strength * F.relu(pull)).flatten(1, 2).to(dtype)
+
+
+def _average(maps: Tensor, window: int) -> Tensor:
+    return maps if window == 1 else F.avg_pool2d(maps, window, 1, window // 2, count_include_pad=False)
+
+
+def _sums(channel_sums: Tensor, kernel_size: Sequence[int], geometry: Sequence[int]) -> Tensor:
+    """Compute S by additions: a convolution on a GPU may round its input to TF32."""
+    stride, padding, dilation = geometry[0:2], geometry[2:4], geometry[4:6]
+    sums = F.pad(channel_sums, [padding[1], padding[1], padding[0], padding[0]])
+    for axis in (1, 0):
+        length = sums.shape[-1] - dilation[axis] * (kernel_size[axis] - 1)
+        starts = (dilation[axis] * step for step in range(kernel_size[axis]))
+        sums = functools.reduce(torch.add, (sums[..., start : start + length : stride[axis]] for start in starts)).mT
+    return sums
 
 
 def memory_format_of(maps: Tensor) -> torch.memory_format:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from .custom_op import push_pull_conv2d_operator
-from .one_convolution import operands
+from .one_convolution import one_convolution, operands
 from .reference import BroadcastingList2, PullKernel, push_pull_conv2d_reference
 
 if TYPE_CHECKING:
-    Implementation = Literal['auto', 'fast', 'reference']
+    Implementation = Literal['auto', 'fast', 'one_convolution', 'reference']
 else:
     Implementation = str  # TorchScript knows no Literal
 
@@ -55,7 +55,8 @@ def push_pull_conv2d(
         pull_kernel: ``'inverted'`` for K as above, the paper's; ``'negated'`` for :math:`K_o = -W_o`. With alpha 1 and
             no averaging the negated kernel gives the plain convolution.
         implementation: ``'reference'`` computes the equation as it stands, ``'fast'`` the faster version of the device,
-            and ``'auto'`` the faster one where :func:`use_fast` allows it.
+            ``'one_convolution'`` the arithmetic of the faster versions in steps of PyTorch, for ``torch.compile`` on a
+            GPU without Triton's kernels, and ``'auto'`` the faster version where :func:`use_fast` allows it.
 
     Returns:
         Response R (N, O, H', W'), of the spatial size and data type that ``F.conv2d`` gives. R may be negative.
@@ -74,11 +75,15 @@ def push_pull_conv2d(
             )
 
     if not torch.jit.is_scripting():
-        if use_fast(implementation, input, weight):
+        settings = stride, padding, dilation, groups, avg_pool_size, pull_kernel
+        response = None
+        if implementation == 'one_convolution':
+            response = one_convolution(*operands(input, weight, alpha, *settings))
+        elif use_fast(implementation, input, weight):
             if torch.compiler.is_compiling():  # the memory format that the compiler gives to plain convolutions
                 input = input.contiguous(memory_format=torch.channels_last)
-            settings = stride, padding, dilation, groups, avg_pool_size, pull_kernel
             response = push_pull_conv2d_operator(*operands(input, weight, alpha, *settings))
+        if response is not None:
             return response if bias is None else (response + bias.view(-1, 1, 1)).to(response.dtype)
 
     return push_pull_conv2d_reference(
@@ -90,7 +95,7 @@ def use_fast(implementation: Implementation, input: Tensor, weight: Tensor) -> b
     """Decide whether the fast version computes a push-pull convolution, or the reference.
 
     Args:
-        implementation: ``'fast'``, ``'reference'``, or ``'auto'``.
+        implementation: ``'auto'``, ``'fast'``, ``'one_convolution'`` or ``'reference'``.
         input: Images or feature maps.
         weight: Push kernels.
 
@@ -102,8 +107,10 @@ def use_fast(implementation: Implementation, input: Tensor, weight: Tensor) -> b
     Raises:
         ValueError: If there is no such implementation.
     """
-    if implementation not in ('auto', 'fast', 'reference'):
-        raise InputError(f"implementation must be 'auto', 'fast' or 'reference', got {implementation!r}.")
+    if implementation not in ('auto', 'fast', 'one_convolution', 'reference'):
+        raise InputError(
+            f"implementation must be 'auto', 'fast', 'one_convolution' or 'reference', got {implementation!r}."
+        )
     if implementation != 'auto':
         return implementation == 'fast'
     if torch.compiler.is_compiling():
