@@ -52,7 +52,7 @@ def output_and_grads(
     *_, stride, padding, dilation, groups, _ = GEOMETRIES[geometry]
     inputs = [tensor.detach().clone().requires_grad_() for tensor in (weight, alpha)]
     x = x.detach().clone().requires_grad_(needs_input)
-    with torch.autocast('cpu', autocast, enabled=autocast is not None):
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         output = push_pull_conv2d(
             x, *inputs, None, stride, padding, dilation, groups, window, implementation=implementation, **settings
         )

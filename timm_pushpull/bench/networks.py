@@ -25,8 +25,10 @@ def bench_networks(
     device: str = 'cpu',
     amp: bool = False,
     torchcompile: bool = False,
+    implementation: str = 'fast',
+    formats: Sequence[str] = ('nchw', 'nhwc'),
 ) -> Iterator[Comparison]:
-    """Compare push-pull networks with timm's plain networks, in both memory formats, inference and training.
+    """Compare push-pull networks with timm's plain networks, in inference and training.
 
     The stem (convolution, BatchNorm, ReLU and max-pool) of the first network is compared alone too. On a GPU this
     measures the kernels of :mod:`timm_pushpull.ops.triton`, which are off there by default.
@@ -39,6 +41,8 @@ def bench_networks(
         device: Device of the networks.
         amp: Autocast to bfloat16; False for float32.
         torchcompile: Compile the networks.
+        implementation: Implementation that stands for ours, see :func:`~timm_pushpull.push_pull_conv2d`.
+        formats: Memory formats, ``'nchw'`` and ``'nhwc'`` (channels_last).
 
     Yields:
         Comparisons, each as soon as it is measured.
@@ -61,11 +65,11 @@ def bench_networks(
             'ours': create_model(f'pp_{name}'),
             'reference': create_model(f'pp_{name}', alpha=0.5),
         }
-        for version, implementation in (('ours', 'fast'), ('reference', 'reference')):
-            models[version].conv1.implementation = implementation
+        models['ours'].conv1.implementation = implementation
+        models['reference'].conv1.implementation = 'reference'
         parts = {'stem': {version: _Stem(model) for version, model in models.items()}} if name == networks[0] else {}
         for what, modules in {**parts, name: models}.items():
-            for memory_format in FORMATS:
+            for memory_format in formats:
                 for use in ('inference', 'training'):
                     torch.compiler.reset()  # it compiles the same code for a limited number of networks only
                     calls = {

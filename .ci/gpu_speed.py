@@ -1,0 +1,86 @@
+"""Times of stem and networks over timm's plain networks and over the reference, in order of worth."""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+
+from timm_pushpull.bench.networks import bench_networks
+from timm_pushpull.bench.prime import bench_prime
+from timm_pushpull.bench.timing import seconds, write_comparisons
+from timm_pushpull.bench.traffic import unit_traffic
+
+parser = argparse.ArgumentParser()
+parser.add_argument('--output', type=Path)
+parser.add_argument('--toy', action='store_true')
+args = parser.parse_args()
+DEVICE = 'cpu' if args.toy else 'cuda'
+SIZE = dict(batch_size=2, img_size=32, rounds=1) if args.toy else dict(batch_size=256, img_size=224, rounds=5)
+lines: list[str] = []
+found: list = []
+
+
+def say(line):
+    print(line)
+    lines.append(line)
+    (args.output / 'speed.txt').write_text('\n'.join(lines) + '\n')
+
+
+def ceilings():
+    """The two ceilings of the card: bandwidth of a copy, rate of a matrix product."""
+    side, length = (256, 1 << 20) if args.toy else (8192, 1 << 32)
+    source, target = (torch.empty(length, dtype=torch.uint8, device=DEVICE).random_() for _ in range(2))
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    rates = []
+    for work, amount in ((lambda: target.copy_(source), 2 * length), (lambda: a @ b, 2 * side**3)):
+        seconds(work, DEVICE)
+        rates.append(amount / sorted(seconds(work, DEVICE) for _ in range(9))[4])
+    say(f'copy {rates[0] / 1e12:.3f} TB/s, bfloat16 matrix product {rates[1] / 1e12:.1f} TFLOP/s')
+    return rates[0]
+
+
+def bench(stem_only=False, implementation='fast', **options):
+    for row in bench_networks(**SIZE, device=DEVICE, implementation=implementation, **options):
+        if stem_only and row.what != 'stem':
+            return
+        found.append(row._replace(what=f'{row.what}, {implementation}'))
+        write_comparisons(args.output / 'speed.csv', found)
+        way = 'compiled' if row.compiled else 'eager'
+        say(
+            f'{row.what:9} {row.use:9} {row.precision:8} {row.memory_format} {way:8} {implementation}: '
+            f'{row.time:.3f} ({row.time_low:.3f} to {row.time_high:.3f}), reference {row.reference_time:.3f}; '
+            f'plain {1e3 * row.plain_seconds:.2f} ms; memory {row.memory:.2f}, {row.reference_memory:.2f}'
+        )
+
+
+def main():
+    say(torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU, toy sizes: these times say nothing')
+    bandwidth = ceilings()
+    sizes = {name: SIZE[name] for name in ('batch_size', 'img_size')}
+    for dtype in (torch.bfloat16, torch.float32):
+        for row in unit_traffic('pp_resnet50', **sizes, dtype=dtype):
+            say(
+                f'counted, {str(dtype)[6:]:8} {row.implementation:15}: {row.forward / 1e6:7.0f} MB forward, '
+                f'{row.backward / 1e6:7.0f} MB backward: {1e3 * row.forward / bandwidth:.3f} and '
+                f'{1e3 * row.backward / bandwidth:.3f} ms at the bandwidth of the copy'
+            )
+    last = ['resnet18'] if args.toy else ['resnet50']
+    bench(networks=last, amp=True, formats=['nhwc'])
+    if args.toy:  # the rest differs by its options alone
+        bench(stem_only=True, networks=last, formats=['nchw'], implementation='one_convolution')
+        bench_prime(**SIZE)
+        return
+    for implementation in ('fast', 'one_convolution'):
+        stem = dict(stem_only=True, networks=last, torchcompile=True, formats=['nhwc'], implementation=implementation)
+        bench(amp=True, **stem)
+    prime = bench_prime(**SIZE, device=DEVICE)
+    say(f'PRIME: {prime.time:.2f} of the floor, plain formulation {prime.reference_time:.2f}')
+    bench(networks=['resnet18'], amp=True, formats=['nhwc'])
+    bench(networks=last, formats=['nhwc'])
+    for networks, amp in itertools.product((['resnet50'], ['resnet18']), (True, False)):
+        bench(networks=networks, amp=amp, torchcompile=True, formats=['nhwc'])
+    bench(networks=last, amp=True, formats=['nchw'])
+
+
+main()
