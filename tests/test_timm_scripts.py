@@ -168,6 +168,33 @@ def test_every_recipe_runs(published, tmp_path):
             assert [math.isfinite(float(row['train_loss'])) for row in csv.DictReader(file)] == [True], name
 
 
+WITHOUT_DEVICE_IDS = """
+import runpy, sys, torch
+parallel = torch.nn.parallel.DistributedDataParallel
+start = parallel.__init__
+# timm passes the device, which DDP refuses for a CPU, with networks of timm's own too.
+parallel.__init__ = lambda self, module, device_ids=None, **options: start(self, module, **options)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', ['pp_resnet18.pp3_prime_in1k', 'pp_resnet50_cifar.pp5_augmix_c10'])
+def test_torchrun_of_a_recipe(recipe, data, tmp_path):
+    """The printed command on two processes, on a CPU; of it only data, size and duration are changed."""
+    config, program = tmp_path / f'{recipe}.yaml', tmp_path / 'train.py'
+    assert main(['recipes', recipe, '--output', str(config)]) == 0
+    program.write_text(WITHOUT_DEVICE_IDS)
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', program]
+    options = f'--data-dir {data} --output {tmp_path} --experiment run --config {config} --device cpu --workers 1'
+    small = '--input-size 3 32 32 --batch-size 4 --epochs 1 --warmup-epochs 0 --train-batches-per-epoch 2'
+    classes = ['--num-classes', '2', '--dataset', '', '--class-map', '']
+    run([*launch, Path(SCRIPTS) / 'train.py', *options.split(), *small.split(), *classes])
+    with open(tmp_path / 'run' / 'summary.csv') as file:
+        assert [math.isfinite(float(row['train_loss'])) for row in csv.DictReader(file)] == [True]
+
+
 def test_killed_and_resumed(data, tmp_path):
     process = subprocess.Popen(train_command(data, tmp_path, '--epochs', '50'), stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / 'run' / 'last.pth.tar'
