@@ -1,4 +1,5 @@
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # one thread for each process of pytest-xdist
@@ -9,9 +10,12 @@ from hub_server import Hub
 
 REPOSITORY = Path(__file__).parent.parent
 
-# huggingface_hub reads its address when it is imported: no test may reach the real Hub.
+# huggingface_hub reads its address and its cache when it is imported: no test may reach the real Hub, and the random
+# weights of a test may not come into the cache of the user.
 HUB = Hub()
-os.environ |= {'HF_ENDPOINT': HUB.url, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1'}
+CACHE = tempfile.TemporaryDirectory()
+os.environ |= {'HF_ENDPOINT': HUB.url, 'HF_HOME': CACHE.name}
+os.environ |= {'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1'}
 
 if not torch.cuda.is_available():  # Triton reads it where a kernel is defined
     os.environ['TRITON_INTERPRET'] = '1'

@@ -164,6 +164,32 @@ def test_weights_of_a_plain_network_from_a_file(published, folders, warnings_of_
     assert torch.equal(model.fc.bias, weights['fc.bias'] + 1) and not published.downloads()
 
 
+@pytest.mark.parametrize(
+    'settings, words',
+    [
+        (dict(avg_pool_size=5), 'avg_pool_size=3, the model has avg_pool_size=5: leave avg_pool_size out'),
+        (dict(pull_kernel='negated'), "pull_kernel='inverted', the model has pull_kernel='negated'"),
+        (dict(contrast_norm=True), 'contrast_norm=False, the model has contrast_norm=True'),
+        (dict(trainable_alpha=False, alpha=0.5), 'trainable_alpha=True, the model has trainable_alpha=False'),
+        (dict(push_pull=False), 'push_pull=True, the model has push_pull=False'),
+        (dict(aa_layer='avg'), "aa_layer=None, the model has aa_layer='avg'"),
+    ],
+)
+def test_our_weights_do_not_load_under_other_settings(settings, words):
+    name = 'pp_resnet18.pp3_r64_imagenette'
+    with pytest.raises(RuntimeError, match=f'The weights of {name} were trained with {words}'):
+        timm.create_model(name, pretrained=True, **settings)
+    timm.create_model(name, **settings)
+
+
+def test_settings_that_the_weights_were_trained_with_may_be_given():
+    name = 'pp_resnet18.pp3_negated_prime_contrastnorm_r64_imagenette'
+    model = timm.create_model(name, pretrained=True, pull_kernel='negated', contrast_norm=True, augment=None)
+    assert model.conv1.pull_kernel == 'negated'
+    with pytest.raises(RuntimeError, match="trained with pull_kernel='negated', the model has pull_kernel='inverted'"):
+        timm.create_model(name, pretrained=True, pull_kernel='inverted')
+
+
 def test_a_program_that_imports_only_timm(published, tmp_path):
     code = """
         import timm, torch
@@ -200,7 +226,8 @@ def test_without_a_network(hub, monkeypatch, tmp_path):
         *_, message = result.stderr.strip().splitlines()
         assert message == (
             f'OSError: The weights of timm/resnet50.a1_in1k could not be fetched: {words}, and the cache does not have '
-            f'them. Without a network these work: {", ".join(HUB_MODELS)}.'
+            f'them. Without a network these work: {", ".join(HUB_MODELS)}; and a file of weights, by '
+            'pretrained_cfg_overlay=dict(file=FILE) or --pretrained-path FILE of train.py.'
         )
     assert hub.requests == []
 

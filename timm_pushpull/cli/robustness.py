@@ -220,6 +220,8 @@ def print_notes(rows: Sequence[dict[str, Any]], output: str) -> None:
         print(f'{views} To show them in one way, use --input-size, --crop-pct and --interpolation.')
     if alone := not_compared(rows):
         print(alone)
+    if len(rows) > 2 and not rows[0]['baseline']:
+        print('To compare each model with one of them: --baseline MODEL.')
     for sentence in unfair_comparisons(read_protocol(output), rows):
         print(sentence)
     print(f'95% intervals: summary.csv in {output}. Protocol: protocol.json. In the columns of timm: results-*.csv.')

@@ -84,7 +84,10 @@ def locate_weights(cfg: PretrainedCfg, hub_model: HubModel | None = None, cache_
         else:
             file = fetch_weights(cfg.hf_hub_id, cfg.hf_hub_filename, None, cache_dir)
     except OSError as error:
-        raise OSError(f'{error} Without a network these work: {", ".join(_weights_without_network())}.') from None
+        raise OSError(
+            f'{error} Without a network these work: {", ".join(_weights_without_network())}; and a file of weights, by '
+            'pretrained_cfg_overlay=dict(file=FILE) or --pretrained-path FILE of train.py.'
+        ) from None
     return dict(source=None, file=file, custom_load=cfg.custom_load == 'hf')
 
 

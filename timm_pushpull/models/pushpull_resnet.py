@@ -3,7 +3,7 @@
 Paper: `PushPull-Net: Inhibition-driven ResNet robust to image corruptions` - https://arxiv.org/abs/2408.04077
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -224,6 +224,15 @@ def _cifar_cfg() -> dict[str, Any]:
     }
 
 
+SETTINGS_OF_WEIGHTS = {  # arguments and their defaults
+    'push_pull': True,
+    'avg_pool_size': 3,
+    'pull_kernel': 'inverted',
+    'trainable_alpha': True,
+    'contrast_norm': False,
+    'aa_layer': None,
+}
+
 default_cfgs = generate_default_cfgs(
     {
         **plain_cfgs('pp_resnet18', 'resnet18'),
@@ -253,6 +262,8 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
                 f'There are no pretrained weights of {variant}. Train the network ("timm-pushpull recipes" lists '
                 f'recipes), use pretrained=False, or use weights of another network: {", ".join(HUB_MODELS)}.'
             )
+        if hub_model is not None:
+            _refuse_other_settings(f'{variant}.{resolved.tag}', hub_model.model_args, kwargs)
         overlay.update(locate_weights(resolved, hub_model, kwargs.get('cache_dir')))
     model: Any = build_model_with_cfg(
         PushPullResNet,
@@ -265,6 +276,17 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
     )
     restore_sources(model, resolved)
     return model
+
+
+def _refuse_other_settings(name: str, trained: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse arguments that the weights were not trained with: those of earlier versions do not hold their settings."""
+    for argument, default in SETTINGS_OF_WEIGHTS.items():
+        ours, theirs = (arguments.get(argument, default) for arguments in (given, trained))
+        if ours != theirs:
+            raise RuntimeError(
+                f'The weights of {name} were trained with {argument}={theirs!r}, the model has {argument}={ours!r}: '
+                f'leave {argument} out.'
+            )
 
 
 def _no_such_tag(variant: str, tag: str) -> str:

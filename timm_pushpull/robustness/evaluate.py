@@ -281,7 +281,7 @@ def _prepare(
     for name, weight in run.source_weights.items():
         described[name]['adapt_batch_norm'] = {
             'source_images': weight,
-            'batch_size': run.batch_size,
+            'batch_size': min(run.batch_size, len(indices)),
             'order_seed': ORDER_SEED,
         }
     protocol = {
@@ -304,7 +304,8 @@ def _measure(run: _Run, images: _Images) -> None:
         targets = [source.targets[index] for index in images.indices]
         write_images(folder, [source.names[index] for index in images.indices], targets, source.classes)
         if run.progress:
-            print(describe_targets(source.classes, targets), file=sys.stderr)
+            of_set = f'{shift}: ' if (shift := images.protocol['corruptions'].get('shift')) else ''
+            print(of_set + describe_targets(source.classes, targets), file=sys.stderr)
         for note in images.notes:
             _logger.warning(note)
         unfinished = {
@@ -387,7 +388,8 @@ def _run_passes(plan: Mapping[tuple[str, int], Sequence[str]], run: _Run, images
         batches_left = iter(loader)
     with tqdm(total=len(batches), unit='batch', disable=not (run.progress and batches and _rank() == 0)) as bar:
         for (corruption, severity), names in plan.items():
-            bar.set_description(f'{corruption} {severity}' if severity else CLEAN)
+            clean = images.protocol['corruptions'].get('shift', CLEAN)
+            bar.set_description(f'{corruption} {severity}' if severity else clean)
             predictions: dict[str, list[np.ndarray]] = {name: [] for name in names}
             for start in starts:
                 batch, targets = next(batches_left)

@@ -51,8 +51,8 @@ def find_model_classes(name: str, model: Any, images: Any, valid_labels: Sequenc
         valid_labels = [places[label] for label in classes]
     elif valid_labels is None and of_model != count:
         raise InputError(
-            f'{name} has {of_model} classes, but the images have {count} ({list_some(classes)}). '
-            f'{" ".join(images.notes)}'.strip()
+            f'{name} has {of_model} classes, but the images have {count} ({list_some(classes)}). Give images of its '
+            f'own classes, or fine-tune it on these. {" ".join(images.notes)}'.strip()
         )
     if valid_labels is None:
         return ModelClasses(None, check_labels(name, names[0], classes))
