@@ -1,8 +1,11 @@
 """Bytes counted from the code, against numbers worked out by hand."""
 
+import logging
+
 import pytest
 import torch
 
+from timm_pushpull import PushPullConv2d
 from timm_pushpull.bench.traffic import CountBytes, unit_traffic
 
 # pp_resnet18 on 2 images of 32x32: maps in float32.
@@ -57,3 +60,28 @@ def test_kernels():
 def test_autocast_halves_the_maps():
     half, single = (unit_traffic('pp_resnet18', 2, 32, dtype)[0] for dtype in (torch.bfloat16, torch.float32))
     assert half.forward == IMAGES + RESPONSE // 2 and half.backward == (IMAGES + RESPONSE) // 2 < single.backward
+
+
+@pytest.mark.slow
+def test_compiled_for_inference_one_convolution_moves_half_the_bytes_of_the_reference():
+    """By the compiler's own count, in maps of the response."""
+    from torch._inductor import compile_fx, metrics
+
+    if not hasattr(compile_fx, 'inductor_metrics_log'):
+        pytest.skip('this release of PyTorch counts no bytes')
+    level = compile_fx.inductor_metrics_log.level
+    compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # counts only where it would log
+    passes = {}
+    try:
+        for implementation in ('reference', 'one_convolution'):
+            layer = PushPullConv2d(3, 64, 7, 2, 3, bias=False, implementation=implementation)
+            images = torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last)
+            torch.compiler.reset()
+            metrics.reset()
+            with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+                response = torch.compile(layer.to(memory_format=torch.channels_last), fullgraph=True)(images)
+            passes[implementation] = metrics.num_bytes_accessed / (4 * response.numel())
+    finally:
+        compile_fx.inductor_metrics_log.setLevel(level)
+    print(passes)
+    assert 1 < passes['one_convolution'] < passes['reference'] / 2

@@ -132,10 +132,11 @@ def subtract_mean(weight: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor
         W - m in that data type, and m (O,), float64: the mean of W, or 0 where \\|mean\\| is at most \\|c - mean\\|.
     """
     wide = weight.double()
-    mean = wide.mean((1, 2, 3))
-    mean *= mean.abs() > (c - mean).abs()
+    with torch.no_grad():  # P and Q do not depend on m
+        mean = wide.mean((1, 2, 3))
+        mean *= mean.abs() > (c - mean).abs()
     kernels = (wide - mean.view(-1, 1, 1, 1)).to(dtype)
-    return kernels, (wide - kernels).mean((1, 2, 3))  # corrects m for the rounding of W - m
+    return kernels, (wide - kernels).detach().mean((1, 2, 3))  # corrects m for the rounding of W - m
 
 
 def one_convolution(
@@ -149,16 +150,18 @@ def one_convolution(
         Response (N, O, H', W').
     """
     conv, window = unpack_geometry(geometry)
-    by_group = conv['groups'], -1
+    groups = conv['groups']
     with torch.autocast(input.device.type, enabled=False):
         kernels, mean = subtract_mean(weight, c, conv_dtype(weight, dtype))
         push = F.conv2d(input.to(kernels.dtype), kernels, **conv)
         average = _average(push, window).to(alpha.dtype)
-        sums = _sums(input.to(alpha.dtype).unflatten(1, by_group).sum(2), weight.shape[2:], geometry).unsqueeze(2)
-        mean, c_less_mean, strength = (x.to(alpha.dtype).view(*by_group, 1, 1) for x in (mean, c - mean, alpha))
-        push = push.to(alpha.dtype).unflatten(1, by_group) + mean * sums
-        pull = c_less_mean * _average(sums.squeeze(2), window).unsqueeze(2) - average.unflatten(1, by_group)
-        return (F.relu(push) - strength * F.relu(pull)).flatten(1, 2).to(dtype)
+        sums = _sums(input.to(alpha.dtype).unflatten(1, (groups, -1)).sum(2), weight.shape[2:], geometry)
+        average_sums = _average(sums, window)
+        if groups > 1:  # else they are broadcast
+            sums, average_sums = (x.repeat_interleave(len(c) // groups, 1) for x in (sums, average_sums))
+        mean, c_less_mean, strength = (x.to(alpha.dtype).view(-1, 1, 1) for x in (mean, c - mean, alpha))
+        push = push.to(alpha.dtype) + mean * sums
+        return (F.relu(push) - strength * F.relu(c_less_mean * average_sums - average)).to(dtype)
 
 
 def _average(maps: Tensor, window: int) -> Tensor:
