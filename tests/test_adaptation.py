@@ -174,10 +174,17 @@ def test_on_the_command_line(data, tmp_path, capsys):
     words = ['robustness', 'net=test_resnet', '--checkpoint', str(tmp_path / 'net.pth'), '--num-classes', '3']
     words += ['--data-dir', str(data), '--corruptions', 'contrast', '--severities', '3', '--adapt-batch-norm', '4']
     main([*words, '--workers', '0', '--output', str(tmp_path / 'results')])
-    assert 'net+bn4' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'net+bn4' in out and '--baseline' not in out
     with open(tmp_path / 'results' / 'summary.csv') as file:
         assert [row['model'] for row in csv.DictReader(file)] == ['net', 'net+bn4']
     assert set(read_predictions(tmp_path / 'results')['net+bn4']['clean', 0].dtype.names) > set(PROBABILITIES)
+    words[1:4] = ['a=test_resnet', 'b=test_resnet', '--checkpoint', *[str(tmp_path / 'net.pth')] * 2]
+    words += ['--workers', '0', '--output', str(tmp_path / 'four')]
+    main(words)
+    assert 'To compare each model with one of them: --baseline MODEL.' in capsys.readouterr().out
+    main([*words, '--baseline', 'a'])
+    assert '--baseline MODEL' not in capsys.readouterr().out
 
 
 def test_a_batch_without_a_readable_image(data, tmp_path):

@@ -194,5 +194,6 @@ def test_command(tmp_path, capsys):
     assert main([*arguments, '--shifted', f'one={other}', f'two={data}']) == 0
     one, two = shift_rows(tmp_path / 'out')
     assert (one['images'], two['images'], two['drop']) == (4, 12, 0)
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith('net on one, 4 images of 4 classes:  top-1 error ') for line in lines)
+    out, err = capsys.readouterr()
+    assert any(line.startswith('net on one, 4 images of 4 classes:  top-1 error ') for line in out.splitlines())
+    assert '\n12 images of 4 classes' in f'\n{err}' and '\none: 4 images of 4 classes' in err and 'two:' in err
