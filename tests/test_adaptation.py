@@ -149,6 +149,12 @@ def test_another_batch_size_is_another_protocol(data, tmp_path):
     assert list(read_predictions(tmp_path / 'results')) == ['net@2', 'net+bn4@2', 'net+bn0@2']
 
 
+def test_the_protocol_has_the_batch_that_there_is(data, tmp_path):
+    evaluate(data, tmp_path / 'results', adapt_batch_norm=4, limit=6)
+    model = read_protocol(tmp_path / 'results')['models']['net+bn4@2']
+    assert model['adapt_batch_norm']['batch_size'] == 6
+
+
 @pytest.mark.parametrize(
     'models, number, message',
     [
