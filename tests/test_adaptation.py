@@ -176,6 +176,7 @@ def test_names():
 
 
 def test_on_the_command_line(data, tmp_path, capsys):
+    pytest.importorskip('imagecorruptions')
     torch.save(network().state_dict(), tmp_path / 'net.pth')
     words = ['robustness', 'net=test_resnet', '--checkpoint', str(tmp_path / 'net.pth'), '--num-classes', '3']
     words += ['--data-dir', str(data), '--corruptions', 'contrast', '--severities', '3', '--adapt-batch-norm', '4']

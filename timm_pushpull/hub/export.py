@@ -107,7 +107,7 @@ def export_checkpoint(
         save_for_hf(
             stored,
             str(written),
-            model_config=label_config,
+            model_config=dict(label_config),  # older versions of timm take the labels out
             model_args=model_args_of(options),
             safe_serialization=True,
         )
