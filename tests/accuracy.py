@@ -18,6 +18,14 @@ GEOMETRIES = {
     'line': (2, 16, (1, 9), (1, 1), (0, 0), (1, 1), 1, (19, 9)),  # one column of output
 }
 
+PRECISIONS = [  # data type of the tensors, and that of autocast
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.float16, None),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+
 FLOOR = {0: 5e-7, 20: 4e-6}  # by offset, for float32: a few roundings
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from accuracy import FLOOR, GEOMETRIES, Errors, draw, output_and_grads
+from accuracy import FLOOR, GEOMETRIES, PRECISIONS, Errors, draw, output_and_grads
 
 from timm_pushpull import PushPullConv2d, push_pull_conv2d
 from timm_pushpull.ops import chunked, custom_op, push_pull
@@ -15,18 +15,7 @@ from timm_pushpull.ops import chunked, custom_op, push_pull
 @pytest.mark.parametrize('window', [0, 3, 5])
 @pytest.mark.parametrize('offset', [0, 20])
 @pytest.mark.parametrize('geometry', GEOMETRIES)
-@pytest.mark.parametrize(
-    'dtype, autocast',
-    [
-        (torch.float64, None),
-        (torch.float32, None),
-        (torch.bfloat16, None),
-        (torch.float16, None),
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize('dtype, autocast', [(torch.float64, None), *PRECISIONS], ids=str)
 def test_as_accurate_as_the_reference(dtype, autocast, geometry, offset, window, memory_format, monkeypatch):
     images = 3 if autocast is None else 12
     # several chunks, of several images where they are small

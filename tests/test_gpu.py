@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import FLOOR, Errors, draw, output_and_grads
+from accuracy import FLOOR, PRECISIONS, Errors, draw, output_and_grads
 from timm.models import create_model
 
 from timm_pushpull import PRIME, evaluate_robustness
@@ -12,17 +12,7 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
 @pytest.mark.parametrize('window', [0, 3, 5])
-@pytest.mark.parametrize(
-    'dtype, autocast',
-    [
-        (torch.float32, None),
-        (torch.bfloat16, None),
-        (torch.float16, None),
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize('dtype, autocast', PRECISIONS, ids=str)
 @pytest.mark.parametrize('geometry', ['imagenet', 'groups'])
 @pytest.mark.parametrize('implementation', ['fast', 'one_convolution'])
 def test_unit_as_accurate_as_the_reference(
