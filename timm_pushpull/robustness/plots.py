@@ -85,10 +85,7 @@ def plot_overview(rows: Sequence[Mapping[str, Any]], shifts: Sequence[Mapping[st
         axes.axhline(starts[name] + 0.1 * (len(points) + 1), color='#999', lw=0.8)
     axes.set_yticks([])
     axes.set_ylim(height, 0)
-    axes.set_xlabel('top-1 error, %', fontsize=9)
-    axes.grid(axis='x', color='#ddd', lw=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9)
+    _label_error_axis(axes)
     _add_legend(figure, axes)
     return figure
 
@@ -151,12 +148,16 @@ def plot_error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | Non
             axes.axhline(place - 0.5, color='#999', lw=0.8)
     axes.set_yticks(range(len(names)), [words_of(name) for name in names], fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
+    _label_error_axis(axes)
+    _add_legend(figure, axes)
+    return figure
+
+
+def _label_error_axis(axes: 'Axes') -> None:
     axes.set_xlabel('top-1 error, %', fontsize=9)
     axes.grid(axis='x', color='#ddd', lw=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9)
-    _add_legend(figure, axes)
-    return figure
 
 
 def measured_corruptions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
