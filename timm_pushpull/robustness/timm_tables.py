@@ -18,6 +18,7 @@ Models that adapt their BatchNorm to the images have no row: timm's do not adapt
 two tables are not written: timm's accuracies there are by the images' own labels.
 """
 
+import functools
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 
 from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS
 from .shifts import clean_of_shift, name_of_clean
-from .store import TOP, find_shifted, read_predictions, read_protocol, readable_ranks, write_csv
+from .store import TOP, Predictions, find_shifted, read_predictions, read_protocol, readable_ranks, write_csv
 
 __all__ = ['write_timm_tables']
 
@@ -45,16 +46,17 @@ def write_timm_tables(folder: str | os.PathLike[str]) -> list[Path]:
         ValueError: If a folder holds no results, or if a file is damaged or no file of these results.
     """
     folder = Path(folder)
+    read = functools.cache(lambda path: (read_protocol(path), read_predictions(path)))
     tables: dict[str, list[dict[str, Any]]] = {}
-    if 'real_labels_sha256' not in read_protocol(folder)['data']:
-        clean = tables['clean'] = _accuracies(folder, [(CLEAN, 0)])
+    if 'real_labels_sha256' not in read(folder)[0]['data']:
+        clean = tables['clean'] = _accuracies(*read(folder), [(CLEAN, 0)])
         passes = [(name, severity) for name in TEST_CORRUPTIONS for severity in SEVERITIES]
-        tables['imagenet-c'] = _less_base(_accuracies(folder, passes), clean)
+        tables['imagenet-c'] = _less_base(_accuracies(*read(folder), passes), clean)
     shifts = find_shifted(folder)
     for shift, path in shifts.items():
-        rows, base = _accuracies(path, [(CLEAN, 0)]), clean_of_shift(folder, shift)
+        rows, base = _accuracies(*read(path), [(CLEAN, 0)]), clean_of_shift(folder, shift)
         if shift not in map(name_of_clean, shifts):
-            rows = _less_base(rows, _accuracies(base, [(CLEAN, 0)]) if base else [])
+            rows = _less_base(rows, _accuracies(*read(base), [(CLEAN, 0)]) if base else [])
         tables[path.name] = rows
     files = {folder / f'results-{name}.csv': rows for name, rows in tables.items() if rows}
     for file, rows in files.items():
@@ -62,10 +64,12 @@ def write_timm_tables(folder: str | os.PathLike[str]) -> list[Path]:
     return list(files)
 
 
-def _accuracies(folder: Path, passes: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+def _accuracies(
+    protocol: Mapping[str, Any], predictions: Predictions, passes: Collection[tuple[str, int]]
+) -> list[dict[str, Any]]:
     """Return the rows of the models that have all these passes, in timm's order."""
-    models, rows = read_protocol(folder)['models'], []
-    for name, arrays in read_predictions(folder).items():
+    models, rows = protocol['models'], []
+    for name, arrays in predictions.items():
         ranks = [readable_ranks(arrays[key]) for key in passes if key in arrays]
         details = models[name]
         if len(ranks) < len(passes) or not all(map(len, ranks)) or 'adapt_batch_norm' in details:
