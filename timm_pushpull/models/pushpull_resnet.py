@@ -3,6 +3,7 @@
 Paper: `PushPull-Net: Inhibition-driven ResNet robust to image corruptions` - https://arxiv.org/abs/2408.04077
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -224,14 +225,7 @@ def _cifar_cfg() -> dict[str, Any]:
     }
 
 
-SETTINGS_OF_WEIGHTS = {  # arguments and their defaults
-    'push_pull': True,
-    'avg_pool_size': 3,
-    'pull_kernel': 'inverted',
-    'trainable_alpha': True,
-    'contrast_norm': False,
-    'aa_layer': None,
-}
+SETTINGS_OF_WEIGHTS = ('push_pull', 'avg_pool_size', 'pull_kernel', 'trainable_alpha', 'contrast_norm', 'aa_layer')
 
 default_cfgs = generate_default_cfgs(
     {
@@ -280,8 +274,9 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
 
 def _refuse_other_settings(name: str, trained: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse arguments that the weights were not trained with: those of earlier versions do not hold their settings."""
-    for argument, default in SETTINGS_OF_WEIGHTS.items():
-        ours, theirs = (arguments.get(argument, default) for arguments in (given, trained))
+    parameters = inspect.signature(PushPullResNet).parameters
+    for argument in SETTINGS_OF_WEIGHTS:
+        ours, theirs = (arguments.get(argument, parameters[argument].default) for arguments in (given, trained))
         if ours != theirs:
             raise RuntimeError(
                 f'The weights of {name} were trained with {argument}={theirs!r}, the model has {argument}={ours!r}: '
