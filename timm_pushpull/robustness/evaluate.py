@@ -163,24 +163,16 @@ def evaluate_robustness(
     if missing := [name for name in models if name not in data_configs]:
         raise InputError(f'data_configs must have an entry for each model, {", ".join(missing)} has none.')
     data_configs = {name: data_configs[name] for name in models}
-    adapted = {}
+    source_weight, adapted = adapt_batch_norm or 0, {}
     if adapt_batch_norm is not None:
         for name, model in models.items():
-            check_adaptation(name, model, adapt_batch_norm)
-            twin = adapted_name(name, adapt_batch_norm)
+            check_adaptation(name, model, source_weight)
+            twin = adapted_name(name, source_weight)
             if twin in models:
                 raise InputError(f'models must not have the label {twin}: adapt_batch_norm gives it.')
-            adapted[twin], data_configs[twin] = model, data_configs[name]
-    run = _Run(
-        {**models, **adapted},
-        data_configs,
-        dict.fromkeys(adapted, adapt_batch_norm or 0),
-        torch.device(device),
-        batch_size,
-        workers,
-        amp_dtype,
-        progress,
-    )
+            adapted[twin], data_configs[twin] = name, data_configs[name]
+    device = torch.device(device)
+    run = _Run(models, data_configs, adapted, source_weight, device, batch_size, workers, amp_dtype, progress)
     if clean is not None:
         passes = [(CLEAN, 0), *passes]
     views = Views(clean, stored, seed, data_configs, skip_unreadable)
@@ -226,8 +218,10 @@ class _Run(NamedTuple):
 
     models: Mapping[str, nn.Module]
     data_configs: Mapping[str, Mapping[str, Any]]
-    source_weights: Mapping[str, int]
-    """For each model that adapts its BatchNorm, the number of images for which the running statistics count."""
+    adapted: Mapping[str, str]
+    """Model in ``models`` by the name that it has where its BatchNorm adapts."""
+    source_weight: int
+    """Number of images for which the running statistics then count."""
     device: torch.device
     batch_size: int
     workers: int
@@ -266,10 +260,7 @@ def _prepare(
     valid = None if valid_labels is None else read_valid_labels(valid_labels)
     found = {name: find_model_classes(name, model, images, valid) for name, model in run.models.items()}
     labels_of = {name: classes.valid_labels for name, classes in found.items()}
-    notes = [
-        *images.notes,
-        *(found[name].note for name in found if name not in run.source_weights and found[name].note),
-    ]
+    notes = [*images.notes, *(classes.note for classes in found.values() if classes.note)]
     right = [[target] for target in images.targets]
     if real_labels is not None:
         right = find_right_classes(read_real_labels(real_labels), images.names, images.classes, valid)
@@ -278,12 +269,11 @@ def _prepare(
         notes.append(f'Images left out, because no real label is among the classes: {len(right) - len(labeled):,}.')
     indices = [labeled[place] for place in stratified_indices([images.targets[index] for index in labeled], limit)]
     described = describe_models(run.models, run.data_configs, labels_of, run.amp_dtype, run.device)
-    for name, weight in run.source_weights.items():
-        described[name]['adapt_batch_norm'] = {
-            'source_images': weight,
-            'batch_size': min(run.batch_size, len(indices)),
-            'order_seed': ORDER_SEED,
-        }
+    batch_size = min(run.batch_size, len(indices))
+    adaptation = {'source_images': run.source_weight, 'batch_size': batch_size, 'order_seed': ORDER_SEED}
+    for twin, name in run.adapted.items():
+        labels_of[twin] = labels_of[name]
+        described[twin] = {**described[name], 'adapt_batch_norm': adaptation}
     protocol = {
         'corruptions': corruptions,
         'data': describe_images(images, indices, (CLEAN, 0) in passes, real_labels),
@@ -309,7 +299,7 @@ def _measure(run: _Run, images: _Images) -> None:
         for note in images.notes:
             _logger.warning(note)
         unfinished = {
-            key: [name for name in run.models if not predictions_path(folder, name, *key).exists()]
+            key: [name for name in (*run.models, *run.adapted) if not predictions_path(folder, name, *key).exists()]
             for key in images.passes
         }
         plan[0] = {key: names for key, names in unfinished.items() if names}
@@ -375,7 +365,7 @@ def _run_passes(plan: Mapping[tuple[str, int], Sequence[str]], run: _Run, images
     # Processes share whole batches: the batches are then the same for any number of processes.
     starts = range(0, len(indices), size)[_rank() :: _world_size()]
     order = np.arange(len(indices))
-    if run.source_weights:
+    if run.adapted:
         order = np.random.default_rng(ORDER_SEED).permutation(order)
     indices = [indices[place] for place in order]
     batches = [[View(*key, index) for index in indices[start : start + size]] for key in plan for start in starts]
@@ -387,8 +377,8 @@ def _run_passes(plan: Mapping[tuple[str, int], Sequence[str]], run: _Run, images
     with torch.device('cpu'):  # the loader draws a seed, on the program's default device
         batches_left = iter(loader)
     with tqdm(total=len(batches), unit='batch', disable=not (run.progress and batches and _rank() == 0)) as bar:
+        clean = images.protocol['corruptions'].get('shift', CLEAN)
         for (corruption, severity), names in plan.items():
-            clean = images.protocol['corruptions'].get('shift', CLEAN)
             bar.set_description(f'{corruption} {severity}' if severity else clean)
             predictions: dict[str, list[np.ndarray]] = {name: [] for name in names}
             for start in starts:
@@ -416,10 +406,10 @@ def _run_passes(plan: Mapping[tuple[str, int], Sequence[str]], run: _Run, images
 
 
 def _run_model(run: _Run, name: str, pixels: torch.Tensor, readable: torch.Tensor) -> torch.Tensor:
-    model, data_config, source_weight = run.models[name], run.data_configs[name], run.source_weights.get(name)
-    if source_weight is None or not readable.any():
+    model, data_config = run.models[run.adapted.get(name, name)], run.data_configs[name]
+    if name not in run.adapted or not readable.any():
         return _logits(model, pixels, data_config, run.amp_dtype)
-    with adapted_batch_norm(model, source_weight):  # not to black images in place of those that cannot be read
+    with adapted_batch_norm(model, run.source_weight):  # not to black images in place of those that cannot be read
         of_readable = _logits(model, pixels[readable], data_config, run.amp_dtype)
     logits = of_readable.new_zeros(len(pixels), of_readable.shape[1])
     logits[readable] = of_readable
