@@ -93,6 +93,12 @@ def test_other_settings_are_refused(settings, words, tmp_path):
             create(**{'contrast_norm': True, **settings}).load_state_dict(model.state_dict())
 
 
+def test_a_contrast_norm_that_the_weights_were_not_trained_with_is_refused(tmp_path):
+    name = saved(create(), tmp_path)
+    with pytest.raises(RuntimeError, match='trained with no contrast_norm, the model has contrast_norm=True'):
+        timm.create_model(name, pretrained=True, contrast_norm=True)
+
+
 @pytest.mark.parametrize('push_pull', [True, False])
 def test_contrast_norm(push_pull):
     model, x = create(contrast_norm=True, push_pull=push_pull), images()

@@ -31,6 +31,8 @@ MISMATCHES = [
         dict(push_pull=False),
         'trained with contrast_norm=True, the model has no contrast_norm',
     ),
+    ({}, dict(contrast_norm=True), 'trained with no contrast_norm, the model has contrast_norm=True'),
+    ({}, dict(aa_layer='avg'), "trained with no aa_layer, the model has aa_layer='AvgPool2d'"),
     (dict(aa_layer='blur'), {}, "trained with aa_layer='BlurPool2d', the model has no aa_layer"),
     (
         dict(aa_layer='blur', push_pull=False),

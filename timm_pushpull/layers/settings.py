@@ -2,8 +2,9 @@
 
 Weights that were trained with another averaging window, pull kernel, fixed alpha, contrast normalization or
 anti-aliasing fit a model by names and shapes, and give wrong predictions. So a module with such settings has a buffer
-``settings``, the settings as JSON in bytes, and refuses a state dict with other settings. State dicts without this
-buffer load as they are: those of plain networks, of the original code and of earlier versions.
+``settings``, the settings as JSON in bytes, and refuses a state dict with other settings. A network without settings of
+its own has no such buffer, but its unit has one. State dicts without any load as they are: those of plain networks and
+of the original code.
 """
 
 import functools
@@ -68,14 +69,16 @@ def match_settings(state_dict: dict[str, Any], prefix: str, settings: Mapping[st
         settings: Settings of the module; empty for a module without the buffer.
         errors: Gets a message if the settings differ.
     """
+    keys = [key for key in state_dict if key.startswith(prefix) and is_settings(key)]
     saved = state_dict.pop(prefix + SETTINGS, None)
     if settings:
         state_dict[prefix + SETTINGS] = _encode(settings)
-    if saved is None:
+    if not keys:
         return
     try:
         # Tools that average checkpoints, such as timm's avg_checkpoints.py, turn integers into floats.
-        trained: dict[str, Any] = dict(json.loads(bytes(saved.double().round().to(torch.uint8).tolist())))
+        text = '{}' if saved is None else bytes(saved.double().round().to(torch.uint8).tolist())
+        trained: dict[str, Any] = dict(json.loads(text))
     except (AttributeError, TypeError, ValueError):
         errors.append(f'{prefix}{SETTINGS} of the checkpoint cannot be read: delete it from the state dict.')
         return
@@ -87,5 +90,5 @@ def match_settings(state_dict: dict[str, Any], prefix: str, settings: Mapping[st
         )
         errors.append(
             f'The checkpoint was trained with {theirs}, the model has {ours}: give the model the arguments of the '
-            f'training. To load the weights all the same, delete {prefix + SETTINGS!r} from the state dict.'
+            f'training. To load the weights all the same, delete {" and ".join(map(repr, keys))} from the state dict.'
         )

@@ -136,8 +136,8 @@ def create_push_pull(
         located = locate_weights(resolved, None, cache_dir)
         weights = _read_weights(dataclasses.replace(resolved, **located))
         if weights is not None:  # timm's network gets them without what it does not have
-            saved_units = _take_units(weights, resolved.first_conv)
             _take_settings(weights, settings)
+            saved_units = _take_units(weights, resolved.first_conv)
             located = dict(state_dict=weights, source=None, file=None, custom_load=False)
         overlay |= located
         if any(saved_units) and not push_pull:

@@ -3,8 +3,7 @@
 Paper: `PushPull-Net: Inhibition-driven ResNet robust to image corruptions` - https://arxiv.org/abs/2408.04077
 """
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -205,7 +204,10 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         if (keys := sorted(k for k in found if not k.startswith('fc.')))
     ]
     if reasons:
-        raise InputError(f'The checkpoint does not fit the model: {"; ".join(reasons)}.')
+        raise InputError(
+            f'The checkpoint does not fit the model: {"; ".join(reasons)}. Give the model the arguments of the '
+            'training.'
+        )
     return state_dict
 
 
@@ -224,8 +226,6 @@ def _cifar_cfg() -> dict[str, Any]:
         **PAPER,
     }
 
-
-SETTINGS_OF_WEIGHTS = ('push_pull', 'avg_pool_size', 'pull_kernel', 'trainable_alpha', 'contrast_norm', 'aa_layer')
 
 default_cfgs = generate_default_cfgs(
     {
@@ -256,8 +256,6 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
                 f'There are no pretrained weights of {variant}. Train the network ("timm-pushpull recipes" lists '
                 f'recipes), use pretrained=False, or use weights of another network: {", ".join(HUB_MODELS)}.'
             )
-        if hub_model is not None:
-            _refuse_other_settings(f'{variant}.{resolved.tag}', hub_model.model_args, kwargs)
         overlay.update(locate_weights(resolved, hub_model, kwargs.get('cache_dir')))
     model: Any = build_model_with_cfg(
         PushPullResNet,
@@ -270,18 +268,6 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
     )
     restore_sources(model, resolved)
     return model
-
-
-def _refuse_other_settings(name: str, trained: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse arguments that the weights were not trained with: those of earlier versions do not hold their settings."""
-    parameters = inspect.signature(PushPullResNet).parameters
-    for argument in SETTINGS_OF_WEIGHTS:
-        ours, theirs = (arguments.get(argument, parameters[argument].default) for arguments in (given, trained))
-        if ours != theirs:
-            raise RuntimeError(
-                f'The weights of {name} were trained with {argument}={theirs!r}, the model has {argument}={ours!r}: '
-                f'leave {argument} out.'
-            )
 
 
 def _no_such_tag(variant: str, tag: str) -> str:
