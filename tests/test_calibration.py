@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from test_labels import logits_of, network, write_images
-from test_results import FIVE, write_results
+from test_results import write_results
 
 from timm_pushpull import evaluate_robustness, open_dataset
 from timm_pushpull.cli.robustness import print_summary
@@ -19,7 +19,6 @@ from timm_pushpull.robustness.calibration import (
 )
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 from timm_pushpull.robustness.store import (
-    EARLIER_PREDICTION,
     PREDICTION,
     UNREADABLE,
     predictions_path,
@@ -113,25 +112,7 @@ def test_the_terminal_shows_the_calibration(tmp_path, capsys):
     assert lines[-2][:5] == ['in', '%,', 'NLL', 'in', 'nats,']
 
 
-def test_results_of_the_earlier_format_have_no_calibration(tmp_path):
-    passes = {(name, severity): 5 for name in TEST_CORRUPTIONS for severity in FIVE}
-    write_results(tmp_path, {'old': {('clean', 0): 3, **passes}, 'new': {}}, images=10)
-    assert np.load(predictions_path(tmp_path, 'old', 'fog', 3)).dtype == EARLIER_PREDICTION
-    array = np.zeros(10, PREDICTION)
-    array['rank'][:3], array['confidence'] = 4, 0.5
-    write_predictions(predictions_path(tmp_path, 'new', 'clean', 0), array)
-    new, old = sorted(write_summary(tmp_path), key=lambda row: row['model'])
-    assert (old['E'], old['plain_mCE'], new['E'], new['ECE']) == (30, 50, 30, 20)
-    assert not any(old[measure] for measure in CALIBRATION)
-    earlier = read_predictions(tmp_path)['old']['fog', 3]
-    assert (
-        earlier.dtype == PREDICTION
-        and np.isnan(earlier['brier']).all()
-        and earlier['rank'].tolist() == [5] * 5 + [0] * 5
-    )
-
-
-def test_a_summary_of_an_earlier_version_is_read():
+def test_a_table_without_calibration_is_read():
     rows = read_summary(REPOSITORY / 'hub_configs' / 'robustness_r64_imagenette.csv')
     assert not {*CALIBRATION} & {*measures_of(rows)}
 
@@ -171,8 +152,8 @@ def test_the_reliability_diagram_has_the_bins(tmp_path):
     (corrupted,) = plot_reliability({'a': {('clean', 0): few, ('fog', 1): fog}, 'b': {('clean', 0): few}}).axes
     assert corrupted.get_title() == 'corrupted' and [line.get_label() for line in corrupted.lines[1:]] == ['a']
     assert plot_reliability({'a': {('clean', 0): few}}) is None
-    many['confidence'] = fog['confidence'] = np.nan  # of an earlier version
-    assert plot_reliability({'a': {('clean', 0): many, ('fog', 1): fog}}) is None
+    many['rank'], many['confidence'] = UNREADABLE, np.nan
+    assert plot_reliability({'a': {('clean', 0): many}}) is None
 
 
 def test_the_page_has_the_calibration(tmp_path):

@@ -39,6 +39,7 @@ to_hex = pytest.importorskip('matplotlib.colors').to_hex
 pytest.importorskip('scipy')
 PASSES = [(name, severity) for name in TEST_CORRUPTIONS for severity in FIVE]
 PLOTS = {
+    'reliability.png',
     'error_by_corruption.png',
     'error_by_severity.png',
     'mce_against_clean_error.png',
@@ -97,11 +98,11 @@ def test_the_page_holds_the_figures_and_needs_no_other_file(tmp_path):
     path = write_report([write_finished(tmp_path / 'results')], tmp_path / 'page')
     page = Page(path)
     assert {p.name for p in (tmp_path / 'page').iterdir()} == {'report.html', *PLOTS}
-    assert all(source.startswith('data:image/png;base64,') for source in page.sources) and len(page.sources) == 6
+    assert all(source.startswith('data:image/png;base64,') for source in page.sources) and len(page.sources) == 7
     figures = {base64.b64decode(source.partition(',')[2]) for source in page.sources}
     assert {(tmp_path / 'page' / name).read_bytes() for name in PLOTS - {'examples.png'}} <= figures
     assert 'http' not in re.sub(r'base64,[^"]*', '', path.read_text())
-    (plain,), (pp,) = page.row('plain <1>'), page.row('pp')
+    plain, pp = page.row('plain <1>')[0], page.row('pp')[0]
     # E 20, plain mCE 50; E 30, mCE 40, so R_net 100 * ((50 - 40) + (20 - 30)) / (2 * 20) = 0
     assert re.findall(r'(?<!to )\b\d+\.\d\b(?! to)', plain)[:2] == ['20.0', '50.0']
     assert re.findall(r'(?<!to )\b\d+\.\d\b(?! to)', pp)[:2] == ['30.0', '40.0']
@@ -117,6 +118,7 @@ def test_the_page_holds_the_figures_and_needs_no_other_file(tmp_path):
     assert page.headings == [
         'Measures',
         'Differences of checkpoints',
+        'Calibration',
         'Where the errors are',
         'Images and predictions',
         'Protocol',
@@ -215,8 +217,8 @@ def test_training_runs_are_compared_with_the_runs_of_the_baseline(tmp_path, monk
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     page = Page(write_report([folder], tmp_path / 'page'))
     # R_net: 100 * ((50 - 40) + (20 - 30)) / (2 * 20) and 100 * ((60 - 70) + (40 - 20)) / (2 * 40)
-    head, head_of_differences, _ = page.row('model')
-    pp, differences = page.row('pp')
+    head, head_of_differences, *_ = page.row('model')
+    pp, differences, _ = page.row('pp')
     assert head.split() == 'model runs E plain mCE noise blur weather digital relative mCE R net'.split()
     assert pp.startswith('pp  2  25.0 20.0 to 30.0  55.0 40.0 to 70.0  55.0 40.0 to 70.0')
     assert pp.endswith('  6.2 0.0 to 12.5')
@@ -227,10 +229,10 @@ def test_training_runs_are_compared_with_the_runs_of_the_baseline(tmp_path, monk
     assert differences.startswith('pp  2  2  -5.0 -74.2 to 64.2')
     # Plain mCE and kinds 40 and 70 less 50 and 60: 0, variances 450 and 50, so 1.22 degrees: 8.39 times sqrt(225 + 25).
     assert differences.endswith('  0.0 -132.7 to 132.7' * 5)
-    assert len(page.row('plain')) == 1
+    assert len(page.row('plain')) == 2  # not among the differences
     assert not any('Without' in text or 'against plain' in text for text in page.texts)
     of_one = Page(write_report([folder], tmp_path / 'of one', 'plain@1'))
-    assert ['R net' in row for row in of_one.row('model')] == [False, True]  # of the single runs, not over the runs
+    assert ['R net' in row for row in of_one.row('model')] == [False, False, True]  # of the single runs
 
 
 def test_any_number_of_runs_is_compared_with_the_runs_of_the_baseline(tmp_path):
@@ -240,7 +242,7 @@ def test_any_number_of_runs_is_compared_with_the_runs_of_the_baseline(tmp_path):
     # E 20, 70, 90 less 20, 40; plain mCE 70 in each run, less 50 and 60: the t of one degree of freedom, 12.7, times 5.
     assert page.row('pp')[1].startswith('pp  3  2  30.0 ')
     assert page.row('pp')[1].endswith('  15.0 -48.5 to 78.5' * 5)
-    assert len(page.row('alone')) == 2  # itself, and over its one run
+    assert len(page.row('alone')) == 3  # itself, and over its one run, with the calibration
 
 
 def test_a_difference_of_equal_runs_has_no_interval(tmp_path):
@@ -296,11 +298,12 @@ def test_pairs_have_their_differences_and_a_plot(tmp_path, monkeypatch):
         'Over training runs',
         'Differences of checkpoints',
         'Differences of pairs',
+        'Calibration',
         'Where the errors are',
         'Protocol',
     ]
     assert sum(text.startswith('plain@2 against alone, by these 10 images: ') for text in page.texts) == 1
-    assert (tmp_path / 'page' / 'pairs.png').is_file() and len(page.sources) == 7
+    assert (tmp_path / 'page' / 'pairs.png').is_file() and len(page.sources) == 8
     assert np.ravel(intervals).tolist() == pytest.approx([-48.5, 78.5, -78.5, 48.5, 0, 50], abs=0.05)
     summary = Page(write_report([folder / 'summary.csv'], tmp_path / 'summary', pairs=pairs))
     assert summary.row('plain → pp') == page.row('plain → pp') and not summary.row('points')  # needs predictions
@@ -486,15 +489,16 @@ def test_the_tables_of_models_and_of_corruptions_sort(tmp_path):
     errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@1': (3, 4), 'pp@2': (2, 7)}
     path = write_report([write_finished(tmp_path / 'results', errors, baseline='plain')], tmp_path / 'page')
     tables = Sortable(path.read_text()).tables
-    # Means, differences, CE of the means; then the single runs and their CE.
+    # Means, differences, calibration, CE of the means; then the single runs and their CE.
     assert [[heads[0], len(lines) - 1] for heads, lines in tables] == [
         ['model', 2],
         ['model', 1],
+        ['model', 2],
         ['CE, %', 15],
         ['model', 4],
         ['CE, %', 15],
     ]
-    assert tables[0][1][1][:4] == ['plain', '2', '30.0', '55.0'] and tables[2][1][1] == [
+    assert tables[0][1][1][:4] == ['plain', '2', '30.0', '55.0'] and tables[3][1][1] == [
         'gaussian noise',
         '55.0',
         '55.0',
@@ -549,7 +553,7 @@ def test_a_summary_has_the_tables_and_the_plots_of_its_numbers(tmp_path):
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     whole = Page(write_report([folder], tmp_path / 'whole'))
     page = Page(write_report([folder / 'summary.csv'], tmp_path / 'page'))
-    of_summary = PLOTS - {'error_by_severity.png', 'examples.png'}
+    of_summary = PLOTS - {'error_by_severity.png', 'examples.png', 'reliability.png'}
     assert {p.name for p in (tmp_path / 'page').iterdir()} == {'report.html', *of_summary}
     for name in of_summary:
         assert (tmp_path / 'page' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()

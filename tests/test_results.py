@@ -6,7 +6,6 @@ import pytest
 
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS, net_error_reduction
 from timm_pushpull.robustness.store import (
-    EARLIER_PREDICTION,
     PREDICTION,
     UNREADABLE,
     differences,
@@ -41,7 +40,7 @@ def write_results(folder, errors, images=100, classes=1000, seed=0):
     (folder / 'protocol.json').write_text(json.dumps(protocol))
     for name, passes in errors.items():
         for (corruption, severity), wrong in passes.items():
-            predictions = np.zeros(images, EARLIER_PREDICTION)
+            predictions = np.zeros(images, PREDICTION)
             predictions['rank'][:wrong] = 5
             write_predictions(predictions_path(folder, name, corruption, severity), predictions)
 

@@ -13,7 +13,7 @@ from timm_pushpull.cli import main
 from timm_pushpull.robustness.report import write_report
 from timm_pushpull.robustness.shifts import shift_rows
 from timm_pushpull.robustness.store import (
-    EARLIER_PREDICTION,
+    PREDICTION,
     UNREADABLE,
     find_shifted,
     predictions_path,
@@ -40,7 +40,7 @@ def write_shift(folder, name, ranks, classes):
         (path / 'protocol.json').write_text(json.dumps(protocol))
     write_image_table(path, map(str, range(len(ranks))), [0] * len(ranks), classes)
     for model, ranks in of_models.items():
-        predictions = np.zeros(len(ranks), EARLIER_PREDICTION)
+        predictions = np.zeros(len(ranks), PREDICTION)
         predictions['rank'] = ranks
         write_predictions(predictions_path(path, model, 'clean', 0), predictions)
     return path
@@ -143,7 +143,7 @@ def test_the_page_has_the_shifts(tmp_path):
     page = Page(write_report([tmp_path, tmp_path], tmp_path / 'page'))
     head, row = page.row('model')[1], page.row('a')[1]
     assert head.split('  ') == ['model', 'shift', 'images', 'classes', 'top1 err', 'top5 err', 'drop']
-    assert row.split('  ')[1:4] == ['sketch <1>', '10', '2'] and len(page.row('a')) == 2
+    assert row.split('  ')[1:4] == ['sketch <1>', '10', '2'] and len(page.row('a')) == 3
     assert [cell.split()[0] for cell in row.split('  ')[4:]] == ['40.0', '30.0', '30.0']
     alone = Page(write_report([shifted_folder(tmp_path, 'sketch <1>')], tmp_path / 'alone'))
     assert any('natural shift sketch <1>, without corruptions' in text for text in alone.texts)

@@ -261,7 +261,7 @@ def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: Rows of a summary, or of its means over training runs.
 
     Returns:
-        HTML; '' if no row has a calibration, as of results of earlier versions.
+        HTML; '' if no row has a calibration.
     """
     known = _known(rows, CALIBRATION)
     if not known:

@@ -221,7 +221,7 @@ def plot_reliability(predictions: Predictions) -> 'Figure | None':
             predictions.
 
     Returns:
-        The figure, None if no bin has enough predictions, as those of earlier versions, which have no confidence.
+        The figure, None if no bin has enough predictions.
     """
     panels: dict[str, dict[str, list[np.ndarray]]] = {'clean': {}, 'corrupted': {}}
     for name, runs in _runs_of_models(predictions).items():

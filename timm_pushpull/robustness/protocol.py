@@ -108,7 +108,7 @@ def describe_models(
 
 
 def _describe_labels(valid_labels: Sequence[int] | None, model: Any) -> dict[str, Any]:
-    """Describe the restriction of predictions; without one there is no field, as in results of earlier versions."""
+    """Describe the restriction of predictions; without one there is no field."""
     if valid_labels is None:
         return {}
     return {
@@ -154,8 +154,7 @@ def hash_modules(model: nn.Module) -> str:
 def hash_weights(model: nn.Module) -> str:
     """Compute a checksum of the weights and buffers of a model: names, data types, shapes and values.
 
-    The settings in the state dict are not among them: earlier versions did not write them, and :func:`hash_modules` has
-    them.
+    The settings in the state dict are not among them: :func:`hash_modules` has them.
 
     Args:
         model: The model.

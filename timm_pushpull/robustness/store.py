@@ -27,8 +27,7 @@ Files that :func:`~timm_pushpull.evaluate_robustness` writes:
   - ``confidence``: probability of the prediction, the softmax over the classes of the images;
   - ``nll`` and ``brier``: negative log-likelihood and Brier score of the image, see
     :mod:`timm_pushpull.robustness.calibration`. These three are NaN if the image could not be read, and ``nll`` and
-    ``brier`` with ImageNet-ReaL labels, of which several may be right. Files of earlier versions lack the three; they
-    are read as NaN;
+    ``brier`` with ImageNet-ReaL labels, of which several may be right;
 
 - ``examples/CORRUPTION-SEVERITY-ROW.png``: a few images as the first model saw them; ROW is the row in ``images.csv``,
   from 0;
@@ -58,7 +57,6 @@ from ..files import atomic_write
 from .metrics import CLEAN, HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
 
 __all__ = [
-    'EARLIER_PREDICTION',
     'PREDICTION',
     'PROBABILITIES',
     'TOP',
@@ -85,9 +83,8 @@ __all__ = [
     'write_protocol',
 ]
 
-EARLIER_PREDICTION = np.dtype([('prediction', '<u2'), ('rank', 'u1')])
 PROBABILITIES = ('confidence', 'nll', 'brier')
-PREDICTION = np.dtype([*EARLIER_PREDICTION.descr, *((field, '<f4') for field in PROBABILITIES)])
+PREDICTION = np.dtype([('prediction', '<u2'), ('rank', 'u1'), *((field, '<f4') for field in PROBABILITIES)])
 TOP = 5
 UNREADABLE = 255
 Predictions = Mapping[str, Mapping[tuple[str, int], np.ndarray]]
@@ -384,13 +381,9 @@ def _pass_of(path: Path, words: str, protocol: Mapping[str, Any]) -> tuple[str, 
 def _read_array(path: Path, images: int, classes: int, **_: Any) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
-        fits = array.dtype in (PREDICTION, EARLIER_PREDICTION) and array.shape == (images,)
+        fits = array.dtype == PREDICTION and array.shape == (images,)
     except (EOFError, OSError, ValueError):  # damaged
         fits = False
-    if fits and array.dtype == EARLIER_PREDICTION:
-        earlier, array = array, np.zeros(images, PREDICTION)
-        array[['prediction', 'rank']] = earlier
-        array[[*PROBABILITIES]] = np.nan, np.nan, np.nan
     if (
         not fits
         or (array['prediction'] >= classes).any()

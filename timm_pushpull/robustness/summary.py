@@ -87,7 +87,7 @@ def measures_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         rows: Rows of a summary.
 
     Returns:
-        E, CE of each corruption, the means, then the calibration, which summaries of earlier versions lack.
+        E, CE of each corruption, the means, then the calibration, if the rows have it.
     """
     columns = dict.fromkeys(column for row in rows for column in row)
     errors = [column for column in columns if column.startswith('CE_') and not column.endswith(ENDS)]
@@ -517,8 +517,6 @@ def _calibration(passes: Mapping[tuple[str, int], np.ndarray], severities: Seque
             continue
         arrays = [passes[key] for key in keys]
         known = [array[array['rank'] != UNREADABLE] for array in arrays]
-        if any(np.isnan(array['confidence']).any() for array in known):
-            continue  # of an earlier version
         errors = [expected_calibration_error(array['confidence'], array['rank'] == 0) for array in known]
         readable = np.stack([array['rank'] != UNREADABLE for array in arrays], 1)
         measures[f'{prefix}ECE'] = np.array([100 * np.mean(errors)])
