@@ -1,8 +1,6 @@
 """Time and memory of several implementations, measured in turns in one process and given as ratios."""
 
 import contextlib
-import csv
-import io
 import itertools
 import os
 import time
@@ -14,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files import atomic_write
+from ..files import write_table
 
 __all__ = ['Comparison', 'Ratio', 'check_device', 'compare', 'peak_bytes', 'seconds', 'write_comparisons']
 
@@ -129,11 +127,8 @@ def write_comparisons(path: str | os.PathLike[str], comparisons: Sequence[Compar
         path: Path of the file.
         comparisons: Comparisons, one for each line.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(Comparison._fields)
-    writer.writerows([f'{value:.4f}' if isinstance(value, float) else value for value in row] for row in comparisons)
-    atomic_write(path, text.getvalue().encode())
+    rows = ([f'{value:.4f}' if isinstance(value, float) else value for value in row] for row in comparisons)
+    write_table(path, Comparison._fields, rows)
 
 
 def check_device(device: str | torch.device) -> None:

@@ -53,7 +53,7 @@ from filelock import FileLock
 
 from ..errors import InputError
 from ..fields import COUNT, FLAG, INTEGER, MAPPING, NUMBER, POSITIVE, SIZE, TEXT, check_fields, optional, read_mapping
-from ..files import atomic_write
+from ..files import atomic_write, write_table
 from .metrics import CLEAN, HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
 
 __all__ = [
@@ -492,9 +492,5 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         path: CSV file; an existing file is replaced.
         rows: Its rows. A row may lack columns of other rows.
     """
-    columns = dict.fromkeys(column for row in rows for column in row)
-    text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, list(columns), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(path, text.getvalue().encode(errors='surrogateescape'))  # names of files may be any bytes
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    write_table(path, columns, ([row.get(column, '') for column in columns] for row in rows))

@@ -3,8 +3,6 @@
 Paper: `PushPull-Net: Inhibition-driven ResNet robust to image corruptions` - https://arxiv.org/abs/2408.04077
 """
 
-import csv
-import io
 import math
 import os
 import textwrap
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from ..drawing import COLORS, new_figure, to_png
 from ..errors import InputError
-from ..files import atomic_write
+from ..files import atomic_write, write_table
 from ..layers.push_pull import PushPullConv2d
 from ..models.convert import architecture_of
 from ..ops.reference import PullKernel, pull_kernels
@@ -104,7 +102,7 @@ def draw_figures(
         figure.set_figheight(figure.get_figheight() + 0.17 * len(lines))
         written += [Path(folder) / f'{kind}.png', Path(folder) / f'{kind}.csv']
         atomic_write(written[-2], _to_png(figure))
-        atomic_write(written[-1], _to_csv(columns, rows))
+        write_table(written[-1], columns, ([_shown(value) for value in row] for row in rows))
     return written
 
 
@@ -301,10 +299,5 @@ def _to_png(figure: 'Figure') -> bytes:
     return to_png(figure)
 
 
-def _to_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    text = io.StringIO(newline='')
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([f'{value:.7g}' if isinstance(value, float) else value for value in row])
-    return text.getvalue().encode()
+def _shown(value: Any) -> Any:
+    return f'{value:.7g}' if isinstance(value, float) else value
