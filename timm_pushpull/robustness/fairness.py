@@ -12,7 +12,7 @@ from timm.data import create_transform
 
 from .classes import list_some
 from .metrics import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS, words_of
-from .summary import measures_of
+from .summary import corruptions_of
 
 __all__ = ['training_operations', 'unfair_comparisons']
 
@@ -76,7 +76,7 @@ def unfair_comparisons(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, 
         images that is not that of stored corruptions. With all 15 corruptions of ImageNet-C its 4 held out ones count
         too. Stored corruptions in folders count as cropped as ImageNet-C was, those in arrays as whole images.
     """
-    measured = {measure.removeprefix('CE_') for measure in measures_of(rows) if measure.startswith('CE_')}
+    measured = {*corruptions_of(rows)}
     test = measured | {*HELD_OUT_CORRUPTIONS} if measured >= {*TEST_CORRUPTIONS} else measured
     recipes: dict[str, list[str]] = {}
     crops: dict[float, list[str]] = {}

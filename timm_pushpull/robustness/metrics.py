@@ -6,6 +6,7 @@ name, see ``MEANS``.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..errors import InputError
 
@@ -19,6 +20,7 @@ __all__ = [
     'SEVERITIES',
     'TEST_CORRUPTIONS',
     'corruption_error',
+    'kind_errors',
     'net_error_reduction',
     'normalized_mce',
     'plain_mce',
@@ -85,6 +87,22 @@ def corruption_error(errors: Mapping[int, float]) -> float:
     if not errors:
         raise InputError('errors must hold at least one severity, got none.')
     return sum(errors.values()) / len(errors)
+
+
+def kind_errors(corruption_errors: Mapping[str, Any]) -> dict[str, Any]:
+    """Compute the mean CE of each kind of corruption.
+
+    Args:
+        corruption_errors: CE by corruption: numbers, or arrays of one shape.
+
+    Returns:
+        Mean CE by kind, for the kinds of which no corruption is missing.
+    """
+    return {
+        kind: sum(corruption_errors[name] for name in names) / len(names)
+        for kind, names in KINDS.items()
+        if corruption_errors.keys() >= set(names)
+    }
 
 
 def plain_mce(corruption_errors: Mapping[str, float]) -> float:

@@ -12,7 +12,7 @@ from .metrics import COMPARISONS, KINDS, MEANS, words_of
 from .paired import CAVEAT, tell_apart, tenths, thousandths, verdict
 from .runs import MEASURES
 from .shifts import SHIFT_MEASURES
-from .summary import baseline_row, columns_of, measures_of, not_compared, view_differences
+from .summary import baseline_row, columns_of, corruptions_of, not_compared, view_differences
 
 __all__ = [
     'baseline_differences',
@@ -345,7 +345,7 @@ def checkpoint_differences(rows: Sequence[Mapping[str, Any]]) -> str:
     verdicts = ''.join(f'<p>{html.escape(sentence)}</p>' for row in rows if (sentence := verdict(row)))
     head = ''.join(f'<th>{html.escape(row["to"])} less {html.escape(row["from"])}</th>' for row in rows)
     lines = [f'<tr><th>points</th>{head}</tr>']
-    errors = [measure for measure in measures_of(rows) if measure.startswith('CE_')]
+    errors = [f'CE_{name}' for name in corruptions_of(rows)]
     for measure in (*MEASURES, *errors):
         cells = [_with_interval(row, measure) for row in rows]
         if any(tell_apart(row, measure) for row in rows):

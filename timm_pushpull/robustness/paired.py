@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import COMPARISONS, KINDS
+from .metrics import COMPARISONS, KINDS, kind_errors
 from .store import UNREADABLE, Predictions, read_predictions, read_protocol
 from .summary import (
     baseline_of,
     columns_of,
+    corruptions_of,
     interval_columns,
     model_of,
     read_baseline,
@@ -112,11 +113,7 @@ def _common(predictions: Predictions, pair: tuple[str, str]) -> dict[str, dict[t
 
 def _with_kinds(measures: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the ratios to a baseline, and add the mean CE of each kind of corruption with all its corruptions."""
-    kinds = {
-        kind: np.mean([measures[f'CE_{name}'] for name in names], 0)
-        for kind, names in KINDS.items()
-        if all(f'CE_{name}' in measures for name in names)
-    }
+    kinds = kind_errors({name: measures[f'CE_{name}'] for name in corruptions_of([measures])})
     return dict.fromkeys(KINDS) | {name: measures[name] for name in measures if name not in COMPARISONS} | kinds
 
 

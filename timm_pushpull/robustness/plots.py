@@ -13,7 +13,7 @@ from .calibration import reliability_bins
 from .examples import ExampleImage
 from .metrics import CLEAN, KINDS, TEST_CORRUPTIONS, words_of
 from .store import Predictions, readable_ranks
-from .summary import baseline_row, columns_of, measures_of, model_of, other_corruptions
+from .summary import baseline_row, columns_of, corruptions_of, model_of, other_corruptions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -169,8 +169,7 @@ def measured_corruptions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     Returns:
         Names, the test corruptions first, those that ImageNet-C lacks last.
     """
-    measured = [name.removeprefix('CE_') for name in measures_of(rows) if name.startswith('CE_')]
-    names = dict.fromkeys([*(name for kind in KINDS.values() for name in kind), *measured])
+    names = dict.fromkeys([*(name for kind in KINDS.values() for name in kind), *corruptions_of(rows)])
     return [name for name in names if any(row.get(f'CE_{name}', '') != '' for row in rows)]
 
 

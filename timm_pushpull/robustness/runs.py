@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingExtraError
-from .metrics import KINDS
+from .metrics import KINDS, kind_errors
 from .shifts import SHIFT_MEASURES
-from .summary import columns_of, model_of
+from .summary import columns_of, corruptions_of, model_of
 
 __all__ = [
     'MEASURES',
@@ -42,14 +42,10 @@ def group_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, An
     """
     models: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        kinds = {kind: _mean_error(row, corruptions) for kind, corruptions in KINDS.items()}
+        errors = {name: row[f'CE_{name}'] for name in corruptions_of([row]) if row[f'CE_{name}'] != ''}
+        kinds = dict.fromkeys(KINDS, '') | kind_errors(errors)
         models.setdefault(model_of(row['model']), []).append({**row, **kinds})
     return models
-
-
-def _mean_error(row: Mapping[str, Any], corruptions: Sequence[str]) -> float | str:
-    errors = [row.get(f'CE_{name}', '') for name in corruptions]
-    return '' if '' in errors else float(np.mean(errors))
 
 
 def means_over_runs(models: Runs) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 from .classes import same_classes
 from .metrics import CLEAN
 from .store import TOP, UNREADABLE, find_shifted, read_classes, read_predictions, read_protocol, write_csv
-from .summary import interval_columns, resampled_means
+from .summary import interval_columns, resampled_errors
 
 __all__ = ['SHIFT_MEASURES', 'clean_of_shift', 'name_of_clean', 'shift_rows', 'write_shifts']
 
@@ -82,9 +82,7 @@ def name_of_clean(shift: str) -> str:
 
 def _errors(ranks: np.ndarray, seed: int) -> np.ndarray:
     """Return the top-1 and the top-5 error (1 + 1000, 2) in percent, on the images and on each resample."""
-    readable = np.stack([ranks != UNREADABLE] * 2, 1)
-    wrong = readable & np.stack([ranks != 0, ranks == TOP], 1)
-    return 100 * resampled_means(wrong.astype(np.float32), readable.astype(np.float32), seed)
+    return 100 * resampled_errors(np.stack([ranks, ranks], 1), (1, TOP), seed)
 
 
 def write_shifts(folder: str | os.PathLike[str]) -> None:

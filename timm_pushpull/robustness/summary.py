@@ -44,6 +44,7 @@ __all__ = [
     'baseline_row',
     'check_baseline',
     'columns_of',
+    'corruptions_of',
     'interval_columns',
     'measures_of',
     'model_of',
@@ -51,7 +52,7 @@ __all__ = [
     'other_corruptions',
     'read_baseline',
     'read_summary',
-    'resampled_means',
+    'resampled_errors',
     'resampled_measures',
     'severities_of',
     'summarize',
@@ -90,9 +91,22 @@ def measures_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         E, CE of each corruption, the means, then the calibration, if the rows have it.
     """
     columns = dict.fromkeys(column for row in rows for column in row)
-    errors = [column for column in columns if column.startswith('CE_') and not column.endswith(ENDS)]
+    errors = [f'CE_{name}' for name in corruptions_of(rows)]
     optional = [measure for measure in ('other_mCE', *CALIBRATION) if measure in columns]
     return ['E', *errors, *(mean for mean in MEANS if mean not in ('E', 'other_mCE')), *optional]
+
+
+def corruptions_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the corruptions of the CE columns of some rows.
+
+    Args:
+        rows: Rows of a summary.
+
+    Returns:
+        Names, in the order of the columns.
+    """
+    columns = dict.fromkeys(column for row in rows for column in row if not column.endswith(ENDS))
+    return [column.removeprefix('CE_') for column in columns if column.startswith('CE_')]
 
 
 def model_of(name: str) -> str:
@@ -432,9 +446,7 @@ def _error_rates(predictions: Predictions) -> dict[str, _Rates]:
     ranks = [(name, *key, array['rank']) for name, passes in predictions.items() for key, array in passes.items()]
     if not ranks:
         return by_model
-    wrong = np.stack([(rank != 0) & (rank != UNREADABLE) for *_, rank in ranks], 1).astype(np.float32)
-    readable = np.stack([rank != UNREADABLE for *_, rank in ranks], 1).astype(np.float32)
-    rates = resampled_means(wrong, readable)
+    rates = resampled_errors(np.stack([rank for *_, rank in ranks], 1))
     for (name, corruption, severity, _), rate in zip(ranks, rates.T, strict=True):
         if corruption == CLEAN:
             by_model[name] = by_model[name]._replace(clean=rate)
@@ -443,17 +455,25 @@ def _error_rates(predictions: Predictions) -> dict[str, _Rates]:
     return by_model
 
 
-def resampled_means(values: np.ndarray, counted: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Compute means over the images and over 1,000 resamples of the images.
+def resampled_errors(ranks: np.ndarray, top: int | Sequence[int] = 1, seed: int = 0) -> np.ndarray:
+    """Compute error rates on the images and on 1,000 resamples of the images.
 
     Args:
-        values: Array (images, columns), float32; 0 for an image that does not count.
-        counted: Array (images, columns), float32: 1 for an image that counts in a column, otherwise 0.
+        ranks: Rank of the right class, (images, columns). Unreadable images count neither as images nor as errors.
+        top: A prediction is right if the right class is among this many of the highest logits: one number, or one for
+            each column.
         seed: Seed of the resamples. Equal seeds give the same resamples of equally many images.
 
     Returns:
-        Array (1 + 1000, columns): the mean of each column, then its mean on each resample.
+        Array (1 + 1000, columns): the error rate of each column, in [0, 1], then its rate on each resample.
     """
+    readable = ranks != UNREADABLE
+    wrong = readable & (ranks >= np.array(top))
+    return _resampled_means(wrong.astype(np.float32), readable.astype(np.float32), seed)
+
+
+def _resampled_means(values: np.ndarray, counted: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return the mean of each column over the images that count, then on each resample of them, (1 + 1000, columns)."""
     images, generator = len(values), np.random.default_rng(seed)
     draws = [np.arange(images)[None]]
     draws += [generator.integers(images, size=(RESAMPLES // 20, images)) for _ in range(20)]
@@ -522,7 +542,7 @@ def _calibration(passes: Mapping[tuple[str, int], np.ndarray], severities: Seque
         measures[f'{prefix}ECE'] = np.array([100 * np.mean(errors)])
         for name in ('NLL', 'Brier'):
             values = np.where(readable, np.stack([array[name.lower()] for array in arrays], 1), 0)
-            measures[f'{prefix}{name}'] = resampled_means(values, readable.astype(np.float32)).mean(1)
+            measures[f'{prefix}{name}'] = _resampled_means(values, readable.astype(np.float32)).mean(1)
     return measures
 
 
