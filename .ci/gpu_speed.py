@@ -5,11 +5,11 @@ import itertools
 from pathlib import Path
 
 import torch
+from traffic import unit_traffic
 
 from timm_pushpull.bench.networks import bench_networks
 from timm_pushpull.bench.prime import bench_prime
 from timm_pushpull.bench.timing import seconds, write_comparisons
-from timm_pushpull.bench.traffic import unit_traffic
 
 parser = argparse.ArgumentParser()
 parser.add_argument('--output', type=Path)

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
+from traffic import CountBytes, unit_traffic
 
 from timm_pushpull import PushPullConv2d
-from timm_pushpull.bench.traffic import CountBytes, unit_traffic
 
 # pp_resnet18 on 2 images of 32x32: maps in float32.
 IMAGES, RESPONSE, SUMS, WEIGHT = 4 * 2 * 3 * 32 * 32, 4 * 2 * 64 * 16 * 16, 4 * 2 * 16 * 16, 4 * 64 * 3 * 7 * 7

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..ops.one_convolution import one_convolution
+from timm_pushpull.ops.one_convolution import one_convolution
 
 __all__ = ['CountBytes', 'Traffic', 'unit_traffic']
 
@@ -84,7 +84,7 @@ def _count(name: str, layer: Any, images: Tensor, dtype: torch.dtype) -> tuple[i
                 with on_gpu:
                     output = one_convolution(*operands, dtype)
             else:
-                from ..ops import triton
+                from timm_pushpull.ops import triton
 
                 with on_gpu, count.kernels_of(triton):
                     output = triton.push_pull(*operands, dtype)
