@@ -189,7 +189,7 @@ def test_the_images_of_each_class_are_counted(colours, tmp_path, capsys):
     'content, message',
     [
         (b'\xef\xbb\xbfred\ngreen\n', 'map.txt begins with one: save it as plain UTF-8'),
-        ('gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n'.encode('latin1'), 'class_map must be a text file in UTF-8'),
+        ('gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n'.encode('latin1'), 'map.txt must be text in UTF-8'),
         (b'red\n\ngreen\n', 'line 2 of .*map.txt is empty'),
         (b'red\ngreen\n \n', 'line 3 of .*map.txt is empty'),
         (b'red\ngreen\nred \n', 'map.txt has red on the lines 1 and 3'),

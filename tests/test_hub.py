@@ -147,11 +147,11 @@ def spoil_field(path, **fields):
 
 CONFIG_FAULTS = {
     'cut short': (lambda path: path.write_text(path.read_text()[:99]), 'is not JSON'),
-    'not text': (lambda path: path.write_bytes(b'\xff\xfe\x00'), 'is not JSON'),
-    'a list': (lambda path: path.write_text('[]'), 'must hold an object pretrained_cfg'),
-    'no pretrained_cfg': (lambda path: spoil(path, pretrained_cfg=None), 'must hold an object pretrained_cfg'),
-    'no model_args': (lambda path: spoil(path, model_args=None), 'must hold an object model_args'),
-    'model_args of another type': (lambda path: spoil(path, model_args=[3]), 'must hold an object model_args'),
+    'not text': (lambda path: path.write_bytes(b'\xff\xfe\x00'), 'must be text in UTF-8'),
+    'a list': (lambda path: path.write_text('[]'), 'must hold fields by name, got []'),
+    'no pretrained_cfg': (lambda path: spoil(path, pretrained_cfg=None), 'must hold fields by name as pretrained_cfg'),
+    'no model_args': (lambda path: spoil(path, model_args=None), 'must hold fields by name as model_args, got nothing'),
+    'model_args of another type': (lambda path: spoil(path, model_args=[3]), 'model_args, got [3]'),
     'unknown field': (lambda path: spoil_field(path, window=3), 'has the field window, which timm does not know'),
     'input_size of another type': (lambda path: spoil_field(path, input_size='64'), "a tuple as input_size, got '64'"),
     'crop_pct of another type': (lambda path: spoil_field(path, crop_pct='1'), "a float as crop_pct, got '1'"),

@@ -349,7 +349,7 @@ FAULTS = {
     'no folder': (shutil.rmtree, 'is not a folder'),
     'no checksum': (lambda folder: (folder / CHECKSUM).unlink(), 'lacks model.safetensors.sha256'),
     'not JSON': (lambda folder: (folder / CONFIG).write_text('{'), 'is not JSON'),
-    'no model_args': (lambda folder: edit(folder / CONFIG, model_args=None), 'must hold an object model_args'),
+    'no model_args': (lambda folder: edit(folder / CONFIG, model_args=None), 'must hold fields by name as model_args'),
     'no model in the recipe': (lambda folder: replace(folder / RECIPE, 'model:', 'net:'), 'must hold a text as model'),
     'no card': (lambda folder: (folder / CARD).unlink(), 'lacks README.md'),
     'pickle': (lambda folder: (folder / 'pytorch_model.bin').touch(), 'may hold a pickle'),

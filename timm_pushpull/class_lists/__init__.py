@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ..errors import InputError
+from ..fields import read_text
 
 __all__ = ['find_class_map']
 
@@ -40,10 +41,7 @@ def _check_lines(path: Path) -> None:
     """Refuse lines of a text file that would shift or leave out a class: timm takes each line for a name, even ''."""
     if path.suffix.lower() != '.txt':
         return
-    try:
-        lines = path.read_text(encoding='utf-8').rstrip('\n').split('\n')
-    except UnicodeDecodeError:
-        raise InputError(f'class_map must be a text file in UTF-8, {path} is not one.') from None
+    lines = read_text(path).rstrip('\n').split('\n')
     if lines[0].startswith('\ufeff'):
         raise InputError(
             f'class_map must be without a byte-order mark, {path} begins with one: save it as plain UTF-8.'

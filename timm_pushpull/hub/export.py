@@ -64,8 +64,8 @@ def export_checkpoint(
         dataset: Clean images (``timm.data.create_dataset`` without a transform), for the names of the classes and the
             effect of rounding the weights.
         org: Organisation or user on the Hub, for the card.
-        **measurement: ``device``, ``batch_size``, ``workers`` and ``progress`` for
-            :func:`~timm_pushpull.evaluate_robustness`, which measures the effect of rounding.
+        **measurement: Other arguments of :func:`~timm_pushpull.evaluate_robustness`, which measures the effect of
+            rounding, such as ``workers`` and ``progress``.
 
     Returns:
         The folder.

@@ -13,7 +13,6 @@ The weights of a tag never change: better weights get another tag.
 """
 
 import dataclasses
-import json
 import os
 import re
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 from ..autoload import warn
 from ..errors import InputError
+from ..fields import MAPPING, check_fields, read_mapping
 from .weights import WEIGHTS, fetch_weights, file_sha256
 
 __all__ = [
@@ -87,12 +87,11 @@ def model_folders(folder: str | os.PathLike[str]) -> list[Path]:
     )
 
 
-def read_hub_models(folder: str | os.PathLike[str], org: str = HUB_ORG) -> dict[str, HubModel]:
+def read_hub_models(folder: str | os.PathLike[str]) -> dict[str, HubModel]:
     """Read the descriptions of models; warn of each folder that cannot be read, and leave it out.
 
     Args:
         folder: Parent of the models' folders.
-        org: Organisation or user of the models on the Hub.
 
     Returns:
         The models by architecture and tag.
@@ -100,18 +99,17 @@ def read_hub_models(folder: str | os.PathLike[str], org: str = HUB_ORG) -> dict[
     models = {}
     for path in model_folders(folder):
         try:
-            models[path.name] = read_hub_model(path, org)
+            models[path.name] = read_hub_model(path)
         except Exception as error:  # whatever it is, the other models are registered
             warn(f'timm-pushpull does not register {path.name}: {" ".join(str(error).split())}')
     return models
 
 
-def read_hub_model(folder: Path, org: str = HUB_ORG) -> HubModel:
+def read_hub_model(folder: Path) -> HubModel:
     """Read the description of a model.
 
     Args:
         folder: Folder of the model, named by architecture and tag.
-        org: Organisation or user of the model on the Hub.
 
     Returns:
         The model.
@@ -122,30 +120,25 @@ def read_hub_model(folder: Path, org: str = HUB_ORG) -> HubModel:
             the file and the fault.
     """
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise InputError(f'{path} is not JSON: {error}.') from error
-    for key in ('pretrained_cfg', 'model_args'):
-        if not isinstance(config, dict) or not isinstance(config.get(key), dict):
-            raise InputError(f'{path} must hold an object {key}.')
+    config = read_mapping(path)
+    check_fields(path, config, {'pretrained_cfg': MAPPING, 'model_args': MAPPING})
     # timm reads config.json in the same way from a local folder and from the Hub.
     fields = config['pretrained_cfg'] | {
         key: config[key] for key in ('num_classes', 'label_names', 'label_descriptions') if key in config
     }
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    _check_fields(cfg, path)
+    _check_types(cfg, path)
     sha256 = read_checksum(folder)
     if sha256 is None:
         raise InputError(f'{folder / CHECKSUM} is missing.')
-    cfg['hf_hub_id'] = f'{org}/{folder.name}'
+    cfg['hf_hub_id'] = f'{HUB_ORG}/{folder.name}'
     # timm takes these two from the pretrained cfg, which a caller may override.
     model_args = {key: value for key, value in config['model_args'].items() if key not in ('num_classes', 'in_chans')}
     weights = folder / WEIGHTS
     return HubModel(cfg, model_args, sha256, weights if weights.exists() else None)
 
 
-def _check_fields(cfg: dict[str, Any], path: Path) -> None:
+def _check_types(cfg: dict[str, Any], path: Path) -> None:
     """Refuse fields that timm does not know, or with a value of another type than timm's default."""
     from timm.models import PretrainedCfg
 
