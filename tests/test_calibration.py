@@ -8,7 +8,7 @@ from test_labels import logits_of, network, write_images
 from test_results import write_results
 
 from timm_pushpull import evaluate_robustness, open_dataset
-from timm_pushpull.cli.robustness import print_summary
+from timm_pushpull.cli.printing import print_summary
 from timm_pushpull.errors import InputError
 from timm_pushpull.robustness.calibration import (
     CALIBRATION,

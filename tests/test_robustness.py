@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform
 
 from timm_pushpull.cli import main
-from timm_pushpull.cli.robustness import print_summary
+from timm_pushpull.cli.printing import print_summary
 from timm_pushpull.robustness import evaluate, page, views
 from timm_pushpull.robustness.corruptions import corrupt
 from timm_pushpull.robustness.data import open_stored, stratified_indices

@@ -7,7 +7,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops.one_convolution import memory_format_of
 
 __all__ = ['augment_in_training']
 
@@ -55,10 +54,9 @@ class _AugmentInTraining:
             raise InputError(f'augment_splits must divide the batch of {len(batch)} images, got {self._splits}.')
         clean = len(batch) // self._splits if self._splits > 1 else 0
         augmented = (self._augmentation(images[clean:].clamp(0, 1)) - shift) / scale
-        augmented = augmented.to(batch.dtype)
-        if clean:
-            augmented = torch.cat((batch[:clean], augmented))
-        return augmented.contiguous(memory_format=memory_format_of(batch))
+        batch = batch.clone()  # of the same data type and memory format
+        batch[clean:] = augmented
+        return batch
 
 
 def _check_pixels(images: Tensor, dtype: torch.dtype, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

@@ -5,7 +5,17 @@ import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-__all__ = ['Parser', 'add_dataset_arguments', 'add_model_arguments', 'dataset_options', 'model_options', 'positive']
+__all__ = [
+    'BASELINE_HELP',
+    'Parser',
+    'add_dataset_arguments',
+    'add_model_arguments',
+    'dataset_options',
+    'model_options',
+    'positive',
+]
+
+BASELINE_HELP = 'model that the others are compared with, or the name before the @ of training runs'
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,7 +23,7 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..demo import NOTE, run_demo
-    from .robustness import print_summary, print_verdicts
+    from .printing import print_summary, print_verdicts
 
     result = run_demo(args.output)
     print_summary(result.rows)

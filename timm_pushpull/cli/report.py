@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .robustness import BASELINE_HELP
+from .arguments import BASELINE_HELP
 
 
 def add_to(commands: Any) -> None:

@@ -2,15 +2,20 @@
 
 import argparse
 import os
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
 from ..robustness.metrics import HELD_OUT_CORRUPTIONS, SEVERITIES, TEST_CORRUPTIONS
-from .arguments import add_dataset_arguments, add_model_arguments, dataset_options, model_options, positive
-
-BASELINE_HELP = 'model that the others are compared with, or the name before the @ of training runs'
+from .arguments import (
+    BASELINE_HELP,
+    add_dataset_arguments,
+    add_model_arguments,
+    dataset_options,
+    model_options,
+    positive,
+)
+from .printing import print_summary, print_verdicts
 
 
 def add_to(commands: Any) -> None:
@@ -175,26 +180,6 @@ def run(args: argparse.Namespace) -> None:
         print_verdicts(args.output)
 
 
-def print_summary(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the measures of a summary, one column for each model."""
-    from ..robustness.calibration import CALIBRATION
-    from ..robustness.summary import measures_of
-
-    measures = [name for name in measures_of(rows) if any(row.get(name, '') != '' for row in rows)]
-    label = max(map(len, measures), default=0)
-    print('\n' + ' ' * label + ''.join(f'  {row["model"]:>9}' for row in rows))
-    for name in measures:
-        places = 3 if name.endswith(('NLL', 'Brier')) else 2
-        figures = (f'{value:.{places}f}' if (value := row.get(name, '')) != '' else '' for row in rows)
-        values = (f'{figure:>{max(9, len(row["model"]))}}' for figure, row in zip(figures, rows, strict=True))
-        print(f'{name:<{label}}  {"  ".join(values)}')
-    units = 'in %, NLL in nats, Brier score from 0 to 2' if {*measures} & {*CALIBRATION} else 'in %'
-    print(f'{units}; means over severities {rows[0]["severities"] or "of none"}', end='')
-    print('.' if 'plain_mCE' in measures else '; mCE needs all 15 corruptions.')
-    if unreadable := sum(row['unreadable'] for row in rows):
-        print(f'{unreadable} predictions are missing: their images could not be read.')
-
-
 def print_shifts(folder: str | os.PathLike[str]) -> None:
     """Print the errors on natural shifts, one line for each model and set."""
     from ..robustness.paired import tenths
@@ -226,14 +211,3 @@ def print_notes(rows: Sequence[dict[str, Any]], output: str) -> None:
         print(sentence)
     print(f'95% intervals: summary.csv in {output}. Protocol: protocol.json. In the columns of timm: results-*.csv.')
     print(f'Page with tables and plots: timm-pushpull report {output}')
-
-
-def print_verdicts(folder: str | os.PathLike[str]) -> None:
-    """Print whether the images tell the models of a results folder apart."""
-    from ..robustness.paired import CAVEAT, read_verdicts
-
-    if verdicts := read_verdicts(folder):
-        print()
-        for sentence in verdicts:
-            print(textwrap.fill(sentence, 100, break_long_words=False, break_on_hyphens=False))
-        print(CAVEAT)
