@@ -20,7 +20,7 @@ from timm_pushpull.errors import InputError
 from timm_pushpull.files import atomic_write
 from timm_pushpull.hub.check import check_folder
 from timm_pushpull.hub.export import export_checkpoint
-from timm_pushpull.hub.registry import CARD, CHECKSUM, CONFIG, RECIPE
+from timm_pushpull.registry import CARD, CHECKSUM, CONFIG, RECIPE
 from timm_pushpull.robustness.examples import read_examples
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 from timm_pushpull.robustness.page import protocol_sentence, protocol_table

@@ -20,10 +20,10 @@ from conftest import REPOSITORY
 from hub_server import TOKEN
 from safetensors.torch import load_file, save
 
-from timm_pushpull.hub.recipes import list_recipes, read_recipe
-from timm_pushpull.hub.registry import CHECKSUM, HUB_ORG, hub_configs, model_folders, read_hub_models
-from timm_pushpull.hub.weights import WEIGHTS, fetch_weights, file_sha256
 from timm_pushpull.models.pretrained import HUB_MODELS
+from timm_pushpull.recipes import list_recipes, read_recipe
+from timm_pushpull.registry import CHECKSUM, HUB_ORG, hub_configs, model_folders, read_hub_models
+from timm_pushpull.weights import WEIGHTS, fetch_weights, file_sha256
 
 NAME = 'pp_resnet18.pp3_r64_imagenette'
 REPO_ID = f'{HUB_ORG}/{NAME}'
@@ -194,7 +194,7 @@ def test_the_other_models_are_registered(warnings, configs):
     code = f"""
         import torch, warnings
         from pathlib import Path
-        import timm_pushpull.hub.registry as registry
+        import timm_pushpull.registry as registry
         registry.hub_configs = lambda: Path({str(configs)!r})
         warnings.simplefilter({warnings!r})  # not by -W: torch may warn too
         import timm

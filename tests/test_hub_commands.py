@@ -23,12 +23,12 @@ from timm_pushpull.class_lists import find_class_map
 from timm_pushpull.cli import main
 from timm_pushpull.hub.card import Evaluation, _description, _results
 from timm_pushpull.hub.export import _label_config, _labels, _read_evaluation, _without_paths
-from timm_pushpull.hub.recipes import read_recipe, recipe_text
-from timm_pushpull.hub.registry import CARD, CHECKSUM, CONFIG, RECIPE, hub_configs, read_checksum
-from timm_pushpull.hub.weights import WEIGHTS, file_sha256
 from timm_pushpull.models.pretrained import HUB_MODELS
+from timm_pushpull.recipes import read_recipe, recipe_text
+from timm_pushpull.registry import CARD, CHECKSUM, CONFIG, RECIPE, hub_configs, read_checksum
 from timm_pushpull.robustness.evaluate import evaluate_robustness
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
+from timm_pushpull.weights import WEIGHTS, file_sha256
 
 CLASSES = ['n01440764', 'n02102040']
 TAG = 'pp_resnet18.pp5_r32_trial'

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, save_plain
 from PIL import Image
 
 from timm_pushpull.cli import build_parser
-from timm_pushpull.hub.recipes import list_recipes
+from timm_pushpull.recipes import list_recipes
 
 PAGES = ['README.md', 'hub_configs/README.md']
 pages = pytest.mark.parametrize('page', PAGES)

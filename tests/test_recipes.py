@@ -16,8 +16,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_pushpull import class_lists
 from timm_pushpull.cli import main
-from timm_pushpull.hub.recipes import list_recipes, read_recipe, recipe_commands, recipe_text
-from timm_pushpull.hub.registry import RECIPE, model_folders
+from timm_pushpull.recipes import list_recipes, read_recipe, recipe_commands, recipe_text
+from timm_pushpull.registry import RECIPE, model_folders
 
 # From the paper's table: epochs, batch, lr at the start, at the top and at the end.
 PAPER = {

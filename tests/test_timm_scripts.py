@@ -19,7 +19,7 @@ from PIL import Image
 from timm_pushpull import evaluate_robustness, load_model, open_dataset
 from timm_pushpull.class_lists import find_class_map
 from timm_pushpull.cli import main
-from timm_pushpull.hub.recipes import list_recipes
+from timm_pushpull.recipes import list_recipes
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 pytestmark = pytest.mark.skipif(

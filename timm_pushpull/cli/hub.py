@@ -48,7 +48,7 @@ def run_export(args: argparse.Namespace) -> None:
     import torch
 
     from ..hub.export import export_checkpoint
-    from ..hub.registry import HUB_ORG
+    from ..registry import HUB_ORG
     from ..robustness.inputs import open_dataset
 
     folder = export_checkpoint(
@@ -68,7 +68,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_check(args: argparse.Namespace) -> None:
     from ..hub.check import check_folder
-    from ..hub.registry import hub_configs, model_folders
+    from ..registry import hub_configs, model_folders
 
     wrong = []
     for folder in args.folders or model_folders(hub_configs()):

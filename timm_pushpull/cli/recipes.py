@@ -23,7 +23,7 @@ def add_to(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..files import atomic_write
-    from ..hub.recipes import list_recipes, recipe_commands, recipe_text
+    from ..recipes import list_recipes, recipe_commands, recipe_text
 
     if args.output and not args.name:
         raise InputError('--output writes one recipe: give its NAME too.')

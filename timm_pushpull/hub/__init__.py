@@ -1,1 +1,1 @@
-"""Models with weights, on the Hugging Face Hub and beside the code, and the recipes that train them."""
+"""Publishes models with weights on the Hugging Face Hub: folders, cards, checks, uploads."""

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..recipes import list_recipes
+from ..registry import CHECKSUM, HUB_ORG, RECIPE, hub_configs
 from ..robustness.metrics import HELD_OUT_CORRUPTIONS, MEANS, TEST_CORRUPTIONS
 from ..robustness.summary import columns_of
-from .recipes import list_recipes
-from .registry import CHECKSUM, HUB_ORG, RECIPE, hub_configs
-from .weights import WEIGHTS
+from ..weights import WEIGHTS
 
 __all__ = ['Evaluation', 'Rounding', 'model_card']
 

@@ -15,9 +15,9 @@ from yaml import YAMLError
 from ..errors import InputError
 from ..fields import CHANNELS, COUNT, CROP_MODE, INTERPOLATION, POSITIVE, SIZE, TEXT, check_fields
 from ..layers.settings import is_settings
-from .recipes import read_options
-from .registry import CARD, CHECKSUM, CONFIG, RECIPE, read_hub_model
-from .weights import WEIGHTS, file_sha256
+from ..recipes import read_options
+from ..registry import CARD, CHECKSUM, CONFIG, RECIPE, read_hub_model
+from ..weights import WEIGHTS, file_sha256
 
 __all__ = ['check_folder']
 

@@ -20,6 +20,8 @@ from ..checkpoint import model_args_of, read_checkpoint, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
 from ..fields import TRAINING_OPTIONS, read_text
+from ..recipes import list_recipes, read_options, recipe_text
+from ..registry import CARD, CHECKSUM, CONFIG, HUB_ORG, PAPER, RECIPE, read_checksum
 from ..robustness.classes import check_labels
 from ..robustness.data import DatasetImages
 from ..robustness.evaluate import evaluate_robustness
@@ -27,10 +29,8 @@ from ..robustness.inputs import refused_by_timm
 from ..robustness.protocol import hash_modules, hash_weights
 from ..robustness.store import read_classes, read_predictions, read_protocol
 from ..robustness.summary import baseline_of, read_baseline, summarize
+from ..weights import WEIGHTS, file_sha256
 from .card import Evaluation, Rounding, model_card
-from .recipes import list_recipes, read_options, recipe_text
-from .registry import CARD, CHECKSUM, CONFIG, HUB_ORG, PAPER, RECIPE, read_checksum
-from .weights import WEIGHTS, file_sha256
 
 __all__ = ['export_checkpoint']
 
@@ -48,7 +48,7 @@ def export_checkpoint(
 ) -> Path:
     """Write the folder of a model: configuration, recipe, weights, checksum and model card.
 
-    The recipe is the one of this name in :mod:`timm_pushpull.hub.recipes`; for another name the ``args.yaml`` that the
+    The recipe is the one of this name in :mod:`timm_pushpull.recipes`; for another name the ``args.yaml`` that the
     folder has, or else the options of the run. The card names the options in which the run differs from the recipe.
 
     A second export into the folder must have the same weights, and makes all files anew. Each file is replaced whole.

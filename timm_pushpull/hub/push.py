@@ -8,9 +8,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
 from ..errors import InputError
+from ..registry import CARD, CHECKSUM, CONFIG, RECIPE, read_checksum
+from ..weights import WEIGHTS
 from .check import check_folder
-from .registry import CARD, CHECKSUM, CONFIG, RECIPE, read_checksum
-from .weights import WEIGHTS
 
 __all__ = ['push_folder']
 

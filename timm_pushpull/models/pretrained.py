@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from timm.models import PretrainedCfg, is_model, model_entrypoint
 
-from ..hub.registry import HubModel, find_weights, hub_configs, read_hub_models
-from ..hub.weights import fetch_weights
 from ..layers.push_pull import PushPullConv2d
+from ..registry import HubModel, find_weights, hub_configs, read_hub_models
+from ..weights import fetch_weights
 
 __all__ = [
     'HUB_MODELS',

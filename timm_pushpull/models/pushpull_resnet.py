@@ -21,12 +21,12 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from ..augment.in_model import augment_in_training
 from ..augment.prime import PRIME
 from ..errors import InputError
-from ..hub.registry import PAPER
 from ..layers.contrast_norm import add_contrast_norm
 from ..layers.push_pull import PushPullConv2d
 from ..layers.settings import SETTINGS, guard_settings, is_settings
 from ..layers.stem import stem_in_chunks, use_chunks
 from ..ops.reference import PullKernel
+from ..registry import PAPER
 from .arguments import check_arguments
 from .original import rename_original
 from .pretrained import (
@@ -273,7 +273,7 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
 def _no_such_tag(variant: str, tag: str) -> str:
     # Not at the top: the import of timm has no need of them.
     from ..checkpoint import model_args_of
-    from ..hub.recipes import list_recipes, read_recipe
+    from ..recipes import list_recipes, read_recipe
 
     name = f'{variant}.{tag}'
     if name not in list_recipes():

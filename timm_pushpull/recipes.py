@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from ..class_lists import find_class_map
-from ..errors import InputError
-from ..fields import TRAINING_OPTIONS, check_fields, read_mapping
+from .class_lists import find_class_map
+from .errors import InputError
+from .fields import TRAINING_OPTIONS, check_fields, read_mapping
 
 __all__ = ['list_recipes', 'read_options', 'read_recipe', 'recipe_commands', 'recipe_text']
 

@@ -18,9 +18,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..autoload import warn
-from ..errors import InputError
-from ..fields import MAPPING, check_fields, read_mapping
+from .autoload import warn
+from .errors import InputError
+from .fields import MAPPING, check_fields, read_mapping
 from .weights import WEIGHTS, fetch_weights, file_sha256
 
 __all__ = [
@@ -68,7 +68,7 @@ def hub_configs() -> Path:
     Returns:
         The folder of the models' folders.
     """
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parent
     installed = package / 'hub_configs'
     return installed if installed.is_dir() else package.parent / 'hub_configs'
 
