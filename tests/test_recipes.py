@@ -172,7 +172,7 @@ def test_the_learning_rate_beside_one_cycle(name):
     assert max(gaps) < 0.11 and max(gaps[len(gaps) * 3 // 10 + 2 :]) < 0.005
 
 
-@pytest.mark.parametrize('name', [name for name in STARTS if name.endswith('in1k')])
+@pytest.mark.parametrize('name', [name for name in sorted(STARTS) if name.endswith('in1k')])
 def test_imagenet_fine_tuning_has_the_schedule_of_primes_authors(name):
     """config/imagenet_cfg.py of their code: 100 epochs, lr 0.01 for each 256 images of a batch of 512, no smoothing."""
     recipe = read_recipe(name)
