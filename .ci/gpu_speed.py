@@ -1,4 +1,4 @@
-"""Times of stem and networks over timm's plain networks and over the reference, in order of worth."""
+"""Times of stem and networks over timm's plain networks and over the reference, most important first."""
 
 import argparse
 import itertools
@@ -49,8 +49,9 @@ def bench(stem_only=False, implementation='fast', **options):
         way = 'compiled' if row.compiled else 'eager'
         say(
             f'{row.what:9} {row.use:9} {row.precision:8} {row.memory_format} {way:8} {implementation}: '
-            f'{row.time:.3f} ({row.time_low:.3f} to {row.time_high:.3f}), reference {row.reference_time:.3f}; '
-            f'plain {1e3 * row.plain_seconds:.2f} ms; memory {row.memory:.2f}, {row.reference_memory:.2f}'
+            f'{row.time_ratio:.3f} ({row.time_ratio_low:.3f} to {row.time_ratio_high:.3f}), '
+            f'reference {row.reference_time_ratio:.3f}; plain {1e3 * row.plain_seconds:.2f} ms; '
+            f'memory {row.memory_ratio:.2f}, {row.reference_memory_ratio:.2f}'
         )
 
 
@@ -75,7 +76,7 @@ def main():
         stem = dict(stem_only=True, networks=last, torchcompile=True, formats=['nhwc'], implementation=implementation)
         bench(amp=True, **stem)
     prime = bench_prime(**SIZE, device=DEVICE)
-    say(f'PRIME: {prime.time:.2f} of the floor, plain formulation {prime.reference_time:.2f}')
+    say(f'PRIME: {prime.time_ratio:.2f} of the floor, plain formulation {prime.reference_time_ratio:.2f}')
     bench(networks=['resnet18'], amp=True, formats=['nhwc'])
     bench(networks=last, formats=['nhwc'])
     for networks, amp in itertools.product((['resnet50'], ['resnet18']), (True, False)):

@@ -1,6 +1,6 @@
 """Train pp_ networks beside their plain twins with timm's train.py, then measure the robustness of all that ended.
 
-Reads the parts of pack_pictures.py in $PARTS and its folders, and timm's scripts in $TIMM_SCRIPTS.
+Reads the parts of pack_images.py in $PARTS and its folders, and timm's scripts in $TIMM_SCRIPTS.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from pack_pictures import pack, unpack
+from pack_images import pack, unpack
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -49,7 +49,7 @@ def say(line):
     (args.output / 'training.txt').write_text('\n'.join(lines) + '\n')
 
 
-def draw_pictures(folder):
+def draw_images(folder):
     """Bright and dark noise, for the toy."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (('train', 16), ('val', 4)):
@@ -102,11 +102,11 @@ def main(work):
         return say("no training: set TIMM_SCRIPTS to a checkout of timm's repository")
     parts, data, runs = Path(os.environ.get('PARTS', '.')), work / 'data', work / 'runs'
     if args.toy:
-        draw_pictures(work / 'drawn')
+        draw_images(work / 'drawn')
         parts = work / 'parts'
         pack(work / 'drawn', parts, side=36, part_mib=0.05)
     count = unpack(parts, data)
-    say(f'{count} training pictures of {classes(data)} classes after {time.monotonic() - START:.0f} s')
+    say(f'{count} training images of {classes(data)} classes after {time.monotonic() - START:.0f} s')
     ended, took = [], {}
     networks = ('pp_resnet18',) if args.toy else ('pp_resnet18', 'pp_resnet50')
     for seed in (1,) if args.toy else (1, 2, 3):

@@ -95,11 +95,11 @@ def evaluate(data, folder, models=None, **options):
     return evaluate_robustness(models or {'net@2': network()}, folder, images, corruptions=[], batch_size=8, **options)
 
 
-def probabilities(data, indices, source_weight):
+def probabilities(data, indices, source_images):
     """Adapt to one batch, in plain steps."""
     images, transform = create_dataset('', root=str(data)), create_transform(**GEOMETRY)
     tensors, model = torch.stack([transform(images[index][0]) for index in indices]), network()
-    with torch.no_grad(), adapted_batch_norm(model, source_weight):
+    with torch.no_grad(), adapted_batch_norm(model, source_images):
         return model(tensors).softmax(1).numpy()
 
 

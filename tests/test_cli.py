@@ -25,10 +25,10 @@ def test_demo_ends_with_a_report_and_does_nothing_twice(tmp_path, monkeypatch, c
     assert run_demo(tmp_path, test_digits=20) == result
     monkeypatch.setattr(demo, 'run_demo', lambda folder: result)
     assert main(['demo', '--output', str(tmp_path)]) == 0
-    verdict = ' '.join(capsys.readouterr().out.split()).partition('report.html ')[2]
-    assert verdict.startswith('pp_resnet18 against plain resnet18, by these 20 images: the clean error is ')
-    assert '; plain mCE is ' in verdict
-    assert verdict.endswith('). This compares single checkpoints: other training runs may differ.')
+    comparison_sentence = ' '.join(capsys.readouterr().out.split()).partition('report.html ')[2]
+    assert comparison_sentence.startswith('pp_resnet18 against plain resnet18, by these 20 images: the clean error is ')
+    assert '; plain mCE is ' in comparison_sentence
+    assert comparison_sentence.endswith('). This compares single checkpoints: other training runs may differ.')
 
 
 def test_demo_runs_in_one_thread(tmp_path, monkeypatch):

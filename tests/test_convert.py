@@ -184,7 +184,7 @@ def test_hooks_of_all_kinds_flags_and_modes_move_along():
 def test_what_cannot_move_is_refused():
     model = timm.create_model('resnet18')
     model.conv1.forward = lambda x: x
-    with pytest.raises(ValueError, match='somebody replaced the forward of conv1'):
+    with pytest.raises(ValueError, match='the forward of conv1 was patched'):
         convert_to_push_pull(model)
     model = timm.create_model('resnet18')
     torch.nn.utils.parametrize.register_parametrization(model.conv1, 'weight', nn.Identity())

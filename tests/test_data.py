@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from timm_pushpull.class_lists import find_class_map
 from timm_pushpull.errors import InputError
-from timm_pushpull.robustness.data import DatasetImages, UnreadableImage, open_stored
+from timm_pushpull.robustness.data import DatasetImages, UnreadableImageError, open_stored
 
 WNIDS = ['n01440764', 'n02102040', 'n02979186']
 
@@ -61,7 +61,7 @@ def test_torchvision(tmp_path):
     images = DatasetImages(dataset)
     assert (images.targets, images.classes) == ([0, 0, 1, 1, 2, 2], WNIDS) and shades(images) == SHADES
     (tmp_path / 'n02102040' / 'n02102040_0.png').write_text('not an image')
-    with pytest.raises(UnreadableImage, match='2 cannot be read: cannot identify image file'):
+    with pytest.raises(UnreadableImageError, match='2 cannot be read: cannot identify image file'):
         images.image(2)
 
 
@@ -129,7 +129,7 @@ def test_stored_folders(tmp_path, kind):
     assert (stored.targets, stored.classes) == ([0, 0, 1, 1, 2, 2], WNIDS)
     assert [value for value, *_ in shades(stored, 'contrast', 2)] == [200, 201] * 3
     (tmp_path / kind / 'contrast' / '2' / 'n02102040' / 'n02102040_0.JPEG').unlink()
-    with pytest.raises(UnreadableImage, match='contrast/2/n02102040/n02102040_0.JPEG cannot be read'):
+    with pytest.raises(UnreadableImageError, match='contrast/2/n02102040/n02102040_0.JPEG cannot be read'):
         stored.image('contrast', 2, 2)
     with pytest.raises(ValueError, match=f'{tmp_path} lacks contrast/3, fog: name'):
         open_stored(tmp_path, ['contrast', 'fog'], [2, 3])
@@ -237,5 +237,5 @@ def test_images_without_a_range_of_values_are_refused(tmp_path, mode):
     (tmp_path / 'a').mkdir()
     Image.new(mode, (4, 4), 300).save(tmp_path / 'a' / 'x.tiff')
     images = DatasetImages(torchvision.datasets.DatasetFolder(tmp_path, Image.open, extensions=('.tiff',)))
-    with pytest.raises(UnreadableImage, match=f'0 cannot be read: mode {mode} has no fixed range'):
+    with pytest.raises(UnreadableImageError, match=f'0 cannot be read: mode {mode} has no fixed range'):
         images.image(0)

@@ -58,7 +58,7 @@ def test_only_corruptions_of_the_test_count(tmp_path):
     augmix, v0 = {'aa': 'augmix-m3', 'color_jitter': 0.4}, {'aa': 'v0'}
     augmentations = {'a@1': augmix, 'a@2': augmix, 'b': v0, 'c': {}, 'd': {'augment': 'prime'}, 'e': {'aa': 'my-own'}}
     fifteen = [(name, severity) for name in TEST_CORRUPTIONS for severity in FIVE]
-    end = '. Where they do, models trained without them are at a disadvantage.'
+    end = '. This favours them over models trained without these operations.'
     start = 'the training had operations that overlap corruptions of the test,'
     assert write_models(tmp_path / 'fifteen', augmentations, fifteen) == [
         f'a@1, a@2: {start} Brightness (brightness), Color (saturate), Contrast (contrast), Sharpness (defocus blur, '
@@ -69,7 +69,7 @@ def test_only_corruptions_of_the_test_count(tmp_path):
     ]
     fog = [('fog', 2), ('contrast', 2)]
     assert [sentence[:4] for sentence in write_models(tmp_path / 'fog', augmentations, fog)] == ['a@1,', 'e: t']
-    with pytest.raises(ValueError, match='must hold fields by name, or nothing as models.a.augmentation, got 7'):
+    with pytest.raises(ValueError, match='models.a.augmentation must be a mapping, or nothing, got 7'):
         write_models(tmp_path / 'wrong', {'a': 7}, fog)
     others = [('checkerboard_cutout', 1), ('color_quant', 1)]
     found = write_models(tmp_path / 'others', {'a': v0, 'b': {'reprob': 0.2}}, others, stored_as='a/b')
@@ -89,10 +89,10 @@ def test_stored_corruptions_are_cropped_as_imagenet_c(tmp_path):
     folders = 'corruption/severity/class/file'
     made = 'the stored corruptions were cropped to 0.875 when they were made, as ImageNet-C was. --crop-pct 0.875 crops'
     assert write('folders', passes, stored_as=folders) == [
-        f'a, c: clean images are cropped to 0.95 of their short side, {made} the clean images alike.',
-        f'd: clean images are cropped to 1.0 of their short side, {made} the clean images alike.',
+        f'a, c: clean images are cropped to 0.95 of their short side, {made} the clean images the same way.',
+        f'd: clean images are cropped to 1.0 of their short side, {made} the clean images the same way.',
     ]
-    whole = 'the stored corruptions are whole. --crop-pct 1 crops the clean images alike.'
+    whole = 'the stored corruptions are whole. --crop-pct 1 crops the clean images the same way.'
     assert write('arrays', passes, stored_as='corruption.npy') == [
         f'a, c: clean images are cropped to 0.95 of their short side, {whole}',
         f'b: clean images are cropped to 0.875 of their short side, {whole}',
@@ -129,12 +129,13 @@ def test_the_command_and_the_page_say_it(tmp_path, capsys):
     assert protocol['models']['beside']['augmentation'] == {'aa': 'augmix-m4', 'color_jitter': 0.4}
     assert 'augmentation' not in protocol['models']['none']
     start = 'the training had operations that overlap corruptions of the test,'
-    end = '. Where they do, models trained without them are at a disadvantage.'
+    end = '. This favours them over models trained without these operations.'
     sentences = [
         f'inside: {start} ColorJitter (contrast){end}',
         f'beside: {start} Contrast (contrast) (aa augmix-m4){end}',
         'inside, beside, none: clean images are cropped to 0.8 of their short side, the stored corruptions were '
-        'cropped to 0.875 when they were made, as ImageNet-C was. --crop-pct 0.875 crops the clean images alike.',
+        'cropped to 0.875 when they were made, as ImageNet-C was. --crop-pct 0.875 crops the clean images the same '
+        'way.',
     ]
     assert [line for line in lines if line in sentences] == sentences
     # The same weights, from a file without options, are the same model: what is known stays.
@@ -158,4 +159,4 @@ def test_options_of_another_network_do_not_count(tmp_path, capsys):
     assert 'augmentation' not in read_protocol(tmp_path / 'other')['models']['test_resnet']
     (tmp_path / 'args.yaml').write_text('[1]')
     assert main([*arguments, str(tmp_path / 'wrong')]) == 2
-    assert 'args.yaml must hold fields by name' in capsys.readouterr().err
+    assert 'args.yaml must hold a mapping' in capsys.readouterr().err

@@ -148,14 +148,17 @@ def spoil_field(path, **fields):
 CONFIG_FAULTS = {
     'cut short': (lambda path: path.write_text(path.read_text()[:99]), 'is not JSON'),
     'not text': (lambda path: path.write_bytes(b'\xff\xfe\x00'), 'must be text in UTF-8'),
-    'a list': (lambda path: path.write_text('[]'), 'must hold fields by name, got []'),
-    'no pretrained_cfg': (lambda path: spoil(path, pretrained_cfg=None), 'must hold fields by name as pretrained_cfg'),
-    'no model_args': (lambda path: spoil(path, model_args=None), 'must hold fields by name as model_args, got nothing'),
-    'model_args of another type': (lambda path: spoil(path, model_args=[3]), 'model_args, got [3]'),
+    'a list': (lambda path: path.write_text('[]'), 'must hold a mapping, got []'),
+    'no pretrained_cfg': (lambda path: spoil(path, pretrained_cfg=None), 'pretrained_cfg must be a mapping'),
+    'no model_args': (lambda path: spoil(path, model_args=None), 'model_args must be a mapping'),
+    'model_args of another type': (lambda path: spoil(path, model_args=[3]), 'model_args must be a mapping'),
     'unknown field': (lambda path: spoil_field(path, window=3), 'has the field window, which timm does not know'),
-    'input_size of another type': (lambda path: spoil_field(path, input_size='64'), "a tuple as input_size, got '64'"),
-    'crop_pct of another type': (lambda path: spoil_field(path, crop_pct='1'), "a float as crop_pct, got '1'"),
-    'num_classes of another type': (lambda path: spoil(path, num_classes='10'), "an int as num_classes, got '10'"),
+    'input_size of another type': (
+        lambda path: spoil_field(path, input_size='64'),
+        "input_size must be a tuple, got '64'",
+    ),
+    'crop_pct of another type': (lambda path: spoil_field(path, crop_pct='1'), "crop_pct must be a float, got '1'"),
+    'num_classes of another type': (lambda path: spoil(path, num_classes='10'), "num_classes must be an int, got '10'"),
 }
 CHECKSUM_FAULTS = {
     'no checksum': (lambda path: path.unlink(), 'is missing'),

@@ -27,7 +27,7 @@ from timm_pushpull.models.pretrained import HUB_MODELS
 from timm_pushpull.recipes import read_recipe, recipe_text
 from timm_pushpull.registry import CARD, CHECKSUM, CONFIG, RECIPE, hub_configs, read_checksum
 from timm_pushpull.robustness.evaluate import evaluate_robustness
-from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
+from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS, display_name
 from timm_pushpull.weights import WEIGHTS, file_sha256
 
 CLASSES = ['n01440764', 'n02102040']
@@ -83,7 +83,7 @@ def data(tmp_path_factory):
 
 
 def export(run, output, *options, tag=TAG):
-    assert main(['hub', 'export', str(run / 'last.pth.tar'), '--tag', tag, '--output', str(output), *options]) == 0
+    assert main(['hub', 'export', str(run / 'last.pth.tar'), '--name', tag, '--output', str(output), *options]) == 0
     return output / tag
 
 
@@ -118,7 +118,7 @@ def test_export(run, exported, capsys):
     recipe = yaml.safe_load((exported / RECIPE).read_text())
     assert recipe == {key: value for key, value in OPTIONS.items() if key not in ('data_dir', 'output')}
     assert main(['hub', 'check', str(exported)]) == 0
-    assert capsys.readouterr().out.strip().endswith(f'sound: 2 classes, SHA-256 {read_checksum(exported)}')
+    assert capsys.readouterr().out.strip().endswith(f'OK: 2 classes, SHA-256 {read_checksum(exported)}')
 
 
 def test_averaged_weights(run, tmp_path, capsys):
@@ -130,7 +130,7 @@ def test_averaged_weights(run, tmp_path, capsys):
     del checkpoint['state_dict_ema'], checkpoint['args']
     shutil.copy(run / RECIPE, tmp_path)
     torch.save(checkpoint, tmp_path / 'plain.pth.tar')
-    assert 'no EMA weights' in fails(capsys, 'export', tmp_path / 'plain.pth.tar', '--tag', TAG, '--use-ema')
+    assert 'no EMA weights' in fails(capsys, 'export', tmp_path / 'plain.pth.tar', '--name', TAG, '--use-ema')
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
@@ -162,7 +162,7 @@ def test_a_weight_that_float16_does_not_hold(run, tmp_path, capsys):
     checkpoint['state_dict']['bn1.running_var'][3] = 1e5
     shutil.copy(run / RECIPE, tmp_path)
     torch.save(checkpoint, tmp_path / 'last.pth.tar')
-    arguments = ('export', tmp_path / 'last.pth.tar', '--tag', TAG, '--output', tmp_path)
+    arguments = ('export', tmp_path / 'last.pth.tar', '--name', TAG, '--output', tmp_path)
     assert 'not finite in torch.float16: take bfloat16' in fails(capsys, *arguments, '--dtype', 'float16')
     assert not (tmp_path / TAG).exists()
     export(tmp_path, tmp_path, '--dtype', 'bfloat16')
@@ -212,7 +212,8 @@ def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
     assert main([*measure, *ours]) == 0
     folder = export(run, tmp_path, '--results', str(tmp_path / 'results'))
     card = ModelCard.load(folder / CARD)
-    assert all(corruption.replace('_', ' ') in card.text for corruption in TEST_CORRUPTIONS)
+    assert all(f'| {display_name(corruption)} |' in card.text for corruption in TEST_CORRUPTIONS)
+    assert ', 4 validation images' in str(card)
     assert (
         '--data-dir DATA --output results --limit 4 --severities 3\n' in card.text
         and '4 images of 2 classes' in card.text
@@ -232,7 +233,7 @@ def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
     assert main(['hub', 'check', str(folder)]) == 0
 
     # Results of other weights are refused; the card says so for results of the weights before rounding.
-    arguments = ('export', run / 'last.pth.tar', '--tag', TAG, '--output', tmp_path / 'other')
+    arguments = ('export', run / 'last.pth.tar', '--name', TAG, '--output', tmp_path / 'other')
     assert 'no results of these weights' in fails(capsys, *arguments, '--use-ema', '--results', tmp_path / 'results')
     folder = export(run, tmp_path / 'half', '--dtype', 'float16', '--results', str(tmp_path / 'results'))
     card = ModelCard.load(folder / CARD)
@@ -269,7 +270,7 @@ def test_the_card_shows_the_baseline_beside_the_model():
         for model, shift in (('ours', 0), ('plain', 7))
     )
     protocol = dict(data=dict(images=100, classes=10), corruptions=dict(generated_by='a package', seed=0))
-    text = '\n'.join(_results('name', 'name', Evaluation(protocol, row, baseline, True), None, 3))
+    text = '\n'.join(_results('name', 'name', Evaluation(protocol, row, baseline, True), None, 3, 'float16'))
     assert '| name | baseline: plain |' in text
     assert '| **E** | 10.0 (8.0 to 13.0) | 17.0 (15.0 to 20.0) |' in text
     assert '| fog | 50.0 (41.0 to 52.0) | 57.0 (48.0 to 59.0) |' in text
@@ -280,26 +281,26 @@ def test_export_refuses(run, tmp_path, capsys):
     shutil.copy(checkpoint, tmp_path)
     (run / 'text.pth.tar').write_text('hello')
     for arguments, words in [
-        ((tmp_path / 'none.pth.tar', '--tag', TAG), 'must be a file of train.py'),
-        ((tmp_path / 'last.pth.tar', '--tag', TAG), 'must be beside the args.yaml'),
-        ((checkpoint, '--tag', 'pp_resnet18.a b'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18.a b'"),
-        ((run / 'text.pth.tar', '--tag', TAG), 'cannot be read as a checkpoint'),
-        ((checkpoint, '--tag', 'pp_resnet18'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18'"),
-        ((checkpoint, '--tag', 'pp_resnet50.x'), 'is a checkpoint of pp_resnet18, not of pp_resnet50'),
-        ((checkpoint, '--tag', TAG, '--data-dir', tmp_path / 'none'), 'data_dir must be a folder'),
-        ((checkpoint, '--tag', TAG, '--results', tmp_path), 'holds no results'),
+        ((tmp_path / 'none.pth.tar', '--name', TAG), 'must be a file of train.py'),
+        ((tmp_path / 'last.pth.tar', '--name', TAG), 'must be beside the args.yaml'),
+        ((checkpoint, '--name', 'pp_resnet18.a b'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18.a b'"),
+        ((run / 'text.pth.tar', '--name', TAG), 'cannot be read as a checkpoint'),
+        ((checkpoint, '--name', 'pp_resnet18'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18'"),
+        ((checkpoint, '--name', 'pp_resnet50.x'), 'is a checkpoint of pp_resnet18, not of pp_resnet50'),
+        ((checkpoint, '--name', TAG, '--data-dir', tmp_path / 'none'), 'data_dir must be a folder'),
+        ((checkpoint, '--name', TAG, '--results', tmp_path), 'holds no results'),
     ]:
         assert words in fails(capsys, 'export', *arguments, '--output', tmp_path / 'out')
     assert not (tmp_path / 'out' / TAG).exists()
     (tmp_path / RECIPE).write_text(yaml.safe_dump({**OPTIONS, 'num_classes': 5}))
-    assert 'does not fit the model' in fails(capsys, 'export', tmp_path / 'last.pth.tar', '--tag', TAG)
+    assert 'does not fit the model' in fails(capsys, 'export', tmp_path / 'last.pth.tar', '--name', TAG)
 
 
 def test_weights_of_a_tag_never_change(run, exported, capsys):
     before = {path: path.read_bytes() for path in exported.iterdir()}
     export(run, exported.parent)
     for options in (['--use-ema'], ['--dtype', 'bfloat16']):
-        arguments = ('export', run / 'last.pth.tar', '--tag', TAG, '--output', exported.parent, *options)
+        arguments = ('export', run / 'last.pth.tar', '--name', TAG, '--output', exported.parent, *options)
         assert 'other weights' in fails(capsys, *arguments)
     assert {path: path.read_bytes() for path in exported.iterdir()} == before
 
@@ -308,7 +309,7 @@ def test_other_weights_are_refused_before_images_are_measured(run, exported, dat
     shutil.copytree(data, tmp_path / 'data')
     for image in (tmp_path / 'data').glob('*/*/*.png'):
         image.write_text('not a image')
-    options = ('--tag', TAG, '--output', exported.parent, '--dtype', 'float16', '--data-dir', tmp_path / 'data')
+    options = ('--name', TAG, '--output', exported.parent, '--dtype', 'float16', '--data-dir', tmp_path / 'data')
     assert 'other weights' in fails(capsys, 'export', run / 'last.pth.tar', *options)
 
 
@@ -321,7 +322,7 @@ def test_images_with_the_classes_of_the_training_in_another_order_are_refused(ru
         (tmp_path / 'data' / name).mkdir(parents=True)
         Image.new('RGB', (32, 32)).save(tmp_path / 'data' / name / 'image.png')
     (tmp_path / 'map.txt').write_text('\n'.join([*names[:98], names[99], names[98]]))
-    arguments = 'export', tmp_path / 'last.pth.tar', '--tag', TAG, '--output', tmp_path / 'hub', '--data-dir'
+    arguments = 'export', tmp_path / 'last.pth.tar', '--name', TAG, '--output', tmp_path / 'hub', '--data-dir'
     error = fails(capsys, *arguments, tmp_path / 'data', '--class-map', tmp_path / 'map.txt')
     assert (
         f"another order than the images: class 98 is '{names[98]}' in {tmp_path}/last.pth.tar, '{names[99]}'" in error
@@ -337,7 +338,7 @@ def test_damaged_weights_are_replaced(run, tmp_path):
 
 
 def test_a_known_tag_is_of_its_own_network(run, tmp_path, capsys):
-    arguments = ('export', run / 'last.pth.tar', '--output', tmp_path, '--tag')
+    arguments = ('export', run / 'last.pth.tar', '--output', tmp_path, '--name')
     error = fails(capsys, *arguments, 'pp_resnet18.pp3_r64_imagenette')
     assert 'avg_pool_size=5, num_classes=2' in error and 'avg_pool_size=3, num_classes=10' in error
     (tmp_path / TAG).mkdir()
@@ -349,8 +350,8 @@ FAULTS = {
     'no folder': (shutil.rmtree, 'is not a folder'),
     'no checksum': (lambda folder: (folder / CHECKSUM).unlink(), 'lacks model.safetensors.sha256'),
     'not JSON': (lambda folder: (folder / CONFIG).write_text('{'), 'is not JSON'),
-    'no model_args': (lambda folder: edit(folder / CONFIG, model_args=None), 'must hold fields by name as model_args'),
-    'no model in the recipe': (lambda folder: replace(folder / RECIPE, 'model:', 'net:'), 'must hold a text as model'),
+    'no model_args': (lambda folder: edit(folder / CONFIG, model_args=None), 'model_args must be a mapping'),
+    'no model in the recipe': (lambda folder: replace(folder / RECIPE, 'model:', 'net:'), 'model must be a string'),
     'no card': (lambda folder: (folder / CARD).unlink(), 'lacks README.md'),
     'pickle': (lambda folder: (folder / 'pytorch_model.bin').touch(), 'may hold a pickle'),
     'damaged': (
@@ -400,14 +401,14 @@ def test_check_of_all(capsys):
     assert [line.partition(':')[0] for line in lines] == [str(hub_configs() / name) for name in HUB_MODELS]
     for line, name in zip(lines, HUB_MODELS, strict=True):
         has_weights = (hub_configs() / name / WEIGHTS).exists()  # not in a wheel
-        found = 'sound: 10 classes, SHA-256' if has_weights else 'sound, without the weights of SHA-256'
+        found = 'OK: 10 classes, SHA-256' if has_weights else 'OK, without the weights of SHA-256'
         assert line.endswith(f'{found} {HUB_MODELS[name].sha256}')
 
 
 def test_check_of_a_folder_without_its_weights(exported, tmp_path, capsys):
     shutil.copytree(exported, tmp_path / TAG, ignore=shutil.ignore_patterns(WEIGHTS))
     assert main(['hub', 'check', str(tmp_path / TAG)]) == 0
-    assert 'sound, without the weights of SHA-256' in capsys.readouterr().out
+    assert 'OK, without the weights of SHA-256' in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_hand_worked_table():
     assert plain_mce(errors) == pytest.approx((14 * 0.2 + 0.5) / 15)
     baseline = {name: 0.4 for name in TEST_CORRUPTIONS} | {'fog': 0.8, 'saturate': 0.0}
     assert normalized_mce(errors, baseline) == pytest.approx((14 * 0.5 + 0.625) / 15)
-    # Errors less 0.1, errors of the baseline less 0.2: 0.1 / 0.2, and 0.4 / 0.6 for fog.
+    # Errors minus 0.1, errors of the baseline minus 0.2: 0.1 / 0.2, and 0.4 / 0.6 for fog.
     assert relative_mce(0.1, errors, 0.2, baseline) == pytest.approx((14 * 0.5 + 2 / 3) / 15)
     assert net_error_reduction(0.1, 0.3, 0.2, 0.5) == pytest.approx(100 * (0.2 + 0.1) / 0.4)
 

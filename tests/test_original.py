@@ -166,7 +166,11 @@ def test_timm_resnet(way, tmp_path, caplog):
     save_file(plain.state_dict(), tmp_path / 'resnet18.safetensors')
     with caplog.at_level(logging.INFO):
         model = create('pp_resnet18', tmp_path / 'resnet18.safetensors', way, alpha=0.25)
-    words = 'under a push-pull stem' if way == 'pretrained_cfg_overlay' else 'no conv1.alpha: alpha keeps its present'
+    words = (
+        'in a network with a push-pull unit'
+        if way == 'pretrained_cfg_overlay'
+        else 'no conv1.alpha: alpha keeps its present'
+    )
     assert sum(words in record.message for record in caplog.records) == 1
     assert model.conv1.alpha.tolist() == [0.25] * 64
     state_dict = model.state_dict()

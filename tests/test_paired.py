@@ -3,7 +3,13 @@ import pytest
 from test_results import FIVE, write_results
 
 from timm_pushpull.robustness.metrics import KINDS, TEST_CORRUPTIONS
-from timm_pushpull.robustness.paired import checkpoint_pairs, paired_differences, read_verdicts, tell_apart, verdict
+from timm_pushpull.robustness.paired import (
+    checkpoint_pairs,
+    comparison_sentence,
+    paired_differences,
+    read_comparisons,
+    significance,
+)
 from timm_pushpull.robustness.store import (
     PREDICTION,
     UNREADABLE,
@@ -29,7 +35,7 @@ def test_differences_by_hand(tmp_path):
     # Of 100 images the first are wrong: a difference is one of the images between the two numbers.
     a = passes(20, dict(noise=40, blur=50, weather=30, digital=60))
     b = passes(30, dict(noise=36, blur=45, weather=37, digital=72))
-    a |= {('fog', severity): 50 + severity for severity in FIVE}  # 53; digital of b less 12 times 4
+    a |= {('fog', severity): 50 + severity for severity in FIVE}  # 53; digital of b minus 12 times 4
     b |= {('fog', severity): 50 - severity for severity in FIVE}  # 47
     write_results(tmp_path, {'a': a, 'b': b})
     row, back = differences(tmp_path, ('a', 'b'), ('b', 'a'))
@@ -80,8 +86,8 @@ def test_a_missing_pass_leaves_out_what_needs_it(tmp_path):
     write_results(tmp_path, {'whole': whole, 'lacking': lacking, 'nothing in common': {('saturate', 1): 5}})
     (row,) = differences(tmp_path, ('whole', 'nothing in common'), ('whole', 'lacking'))
     assert row['E'] == row['CE_snow'] == row['noise'] == 7
-    assert row['plain_mCE'] == row['weather'] == row.get('CE_fog', '') == tell_apart(row, 'CE_fog') == ''
-    assert 'clean error is higher' in verdict(row) and 'plain mCE' not in verdict(row)
+    assert row['plain_mCE'] == row['weather'] == row.get('CE_fog', '') == significance(row, 'CE_fog') == ''
+    assert 'clean error is higher' in comparison_sentence(row) and 'plain mCE' not in comparison_sentence(row)
 
 
 def made(**measures):
@@ -92,30 +98,31 @@ def made(**measures):
 
 
 def test_the_sentence():
-    assert verdict(made(E=(2.61, 0.42, 4.8), plain_mCE=(-1.99, -2.66, -1.27))) == (
+    assert comparison_sentence(made(E=(2.61, 0.42, 4.8), plain_mCE=(-1.99, -2.66, -1.27))) == (
         'pp against plain, by these 1,200 images: the clean error is higher (2.6 points, 95% interval 0.4 to 4.8); '
         'plain mCE is lower (-2.0 points, 95% interval -2.7 to -1.3).'
     )
-    assert verdict(made(plain_mCE=(0.7, -0.02, 1.5))) == (
-        'pp against plain, by these 1,200 images: plain mCE is not told apart (0.7 points, 95% interval 0.0 to 1.5).'
+    assert comparison_sentence(made(plain_mCE=(0.7, -0.02, 1.5))) == (
+        'pp against plain, by these 1,200 images: plain mCE is not significantly different (0.7 points, 95% interval '
+        '0.0 to 1.5).'
     )
-    assert verdict(made(CE_fog=(1, 2, 3))) == verdict(made(E=(1, '', ''))) == ''
+    assert comparison_sentence(made(CE_fog=(1, 2, 3))) == comparison_sentence(made(E=(1, '', ''))) == ''
 
 
 @pytest.mark.parametrize(
     'low, high, words',
     [
         (0.06, 3, 'higher'),
-        (0.04, 3, 'not told apart'),  # shown as 0.0
-        (-0.2, 0.3, 'not told apart'),
-        (-3, -0.04, 'not told apart'),
+        (0.04, 3, 'not significantly different'),  # shown as 0.0
+        (-0.2, 0.3, 'not significantly different'),
+        (-3, -0.04, 'not significantly different'),
         (-3, -0.06, 'lower'),
-        (0, 0, 'not told apart'),
+        (0, 0, 'not significantly different'),
         ('', '', ''),
     ],
 )
-def test_an_interval_that_excludes_0_tells_two_models_apart(low, high, words):
-    assert tell_apart(made(E=(1, low, high)), 'E') == words
+def test_a_difference_is_significant_if_its_interval_excludes_0(low, high, words):
+    assert significance(made(E=(1, low, high)), 'E') == words
 
 
 def test_which_checkpoints_are_compared():
@@ -134,9 +141,9 @@ def test_a_folder_has_the_sentence_of_its_baseline(tmp_path):
     whole = {name: {('clean', 0): wrong} for name, wrong in (('a', 20), ('b', 45), ('c', 20))}
     write_results(tmp_path, whole)
     write_summary(tmp_path)
-    assert read_verdicts(tmp_path) == []
+    assert read_comparisons(tmp_path) == []
     write_summary(tmp_path, 'b')
-    first, second = read_verdicts(tmp_path)
+    first, second = read_comparisons(tmp_path)
     assert first.startswith('a against b, by these 100 images: the clean error is lower (-25.0 points, ')
     assert second.startswith('c against b, ')
 
@@ -144,5 +151,5 @@ def test_a_folder_has_the_sentence_of_its_baseline(tmp_path):
 def test_a_model_without_predictions_is_not_compared(tmp_path):
     write_results(tmp_path, {'a': {('clean', 0): 20}, 'b': {('clean', 0): 45}, 'not yet': {}})
     write_summary(tmp_path)
-    (sentence,) = read_verdicts(tmp_path)
+    (sentence,) = read_comparisons(tmp_path)
     assert sentence.startswith('b against a, ')

@@ -103,7 +103,9 @@ def test_a_warm_start(name, published, folders, warnings_of_timm):
     (record,) = warnings_of_timm.records
     assert record.levelname == 'WARNING' and record.name.startswith('timm') and '\n' not in record.message
     tagged = name if '.' in name else f'{name}.{timm.get_pretrained_cfg(name).tag}'
-    assert record.message.startswith(f"{tagged}: these are timm's weights under a push-pull stem. Fine-tune")
+    assert record.message.startswith(
+        f"{tagged}: timm's weights of the plain network in a network with a push-pull unit. Fine-tune"
+    )
     assert 'timm_pushpull.update_stem_bn(model' in record.message
     cfg = timm.get_pretrained_cfg(name).to_dict()
     assert model.pretrained_cfg == cfg and cfg['hf_hub_id'] == repo_id
@@ -278,7 +280,7 @@ def test_pickled_weights_and_revisions(published, folders, tmp_path):
 def test_the_warning_names_the_base(published, warnings_of_timm):
     timm.create_model('pp_any', base=ANY.removeprefix('timm/'), pretrained=True)
     (record,) = warnings_of_timm.records
-    assert record.message.startswith("mobilenetv3_small_100.lamb_in1k: these are timm's weights")
+    assert record.message.startswith("mobilenetv3_small_100.lamb_in1k: timm's weights of the plain network")
 
 
 # The BatchNorm after the stem

@@ -512,8 +512,9 @@ def test_cuda():
 
 def test_bench():
     row = bench_prime(batch_size=2, img_size=32, rounds=2)
-    assert row.plain_seconds > 0 and 0 < row.time_low <= row.time <= row.time_high
-    assert row.memory > 1 and row.reference_memory > 1  # copy after copy, the floor holds one batch at a time
+    assert row.plain_seconds > 0 and 0 < row.time_ratio_low <= row.time_ratio <= row.time_ratio_high
+    # Copy after copy, the floor holds one batch at a time.
+    assert row.use == 'augment' and row.memory_ratio > 1 and row.reference_memory_ratio > 1
     with pytest.raises(ValueError, match="preset must be one of imagenet, cifar, got 'mnist'"):
         bench_prime(preset='mnist')
 

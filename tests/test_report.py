@@ -24,7 +24,7 @@ from timm_pushpull.robustness.plots import (
     plot_pairs,
 )
 from timm_pushpull.robustness.report import write_report
-from timm_pushpull.robustness.runs import MEASURES, difference_of_means, find_pairs, shift_means_over_runs
+from timm_pushpull.robustness.runs import RUN_MEASURES, difference_of_means, parse_pairs, shift_means_over_runs
 from timm_pushpull.robustness.store import (
     PREDICTION,
     predictions_path,
@@ -108,13 +108,13 @@ def test_the_page_holds_the_figures_and_needs_no_other_file(tmp_path):
     assert re.findall(r'(?<!to )\b\d+\.\d\b(?! to)', pp)[:2] == ['30.0', '40.0']
     assert any('50.0' in row and '40.0' in row for row in page.row('fog'))
     assert any('Baseline: plain <1>' in text for text in page.texts)
-    # E 30 less 20, mCE 40 less 50: one of ten images, drawn up to three times.
+    # E 30 minus 20, mCE 40 minus 50: one of ten images, drawn up to three times.
     sentence = (
-        'pp against plain <1>, by these 10 images: the clean error is not told apart (10.0 points, 95% interval 0.0 to '
-        '30.0); plain mCE is not told apart (-10.0 points, 95% interval -30.0 to 0.0).'
+        'pp against plain <1>, by these 10 images: the clean error is not significantly different (10.0 points, 95% '
+        'interval 0.0 to 30.0); plain mCE is not significantly different (-10.0 points, 95% interval -30.0 to 0.0).'
     )
     assert [text for text in page.texts if 'against plain' in text] == [sentence]
-    assert page.row('points') == ['points  pp less plain <1>']
+    assert page.row('points') == ['points  pp minus plain <1>']
     assert page.headings == [
         'Measures',
         'Differences of checkpoints',
@@ -137,9 +137,9 @@ def test_a_difference_whose_interval_excludes_0_is_bold(tmp_path):
 def test_a_page_without_a_baseline_compares_only_two_models(tmp_path):
     two = write_finished(tmp_path / 'two', {'a': (1, 9), 'b': (7, 8)}, baseline=None)
     three = write_finished(tmp_path / 'three', {'a': (1, 9), 'b': (7, 8), 'c': (1, 9)}, baseline=None)
-    assert Page(write_report([two], tmp_path / 'page')).row('points') == ['points  b less a']
+    assert Page(write_report([two], tmp_path / 'page')).row('points') == ['points  b minus a']
     assert not Page(write_report([three], tmp_path / 'page')).row('points')
-    assert Page(write_report([three], tmp_path / 'page', 'b')).row('points') == ['points  a less b  c less b']
+    assert Page(write_report([three], tmp_path / 'page', 'b')).row('points') == ['points  a minus b  c minus b']
 
 
 def test_the_protocol_is_in_words(tmp_path):
@@ -223,11 +223,11 @@ def test_training_runs_are_compared_with_the_runs_of_the_baseline(tmp_path, monk
     assert pp.startswith('pp  2  25.0 20.0 to 30.0  55.0 40.0 to 70.0  55.0 40.0 to 70.0')
     assert pp.endswith('  6.2 0.0 to 12.5')
     assert any('R net compare each run with the run of plain' in text for text in page.texts)
-    # E 30 and 20 less 20 and 40: -5, variances 50 and 200 of 2 runs each, so 250^2 / (50^2 + 200^2) = 1.47 degrees of
+    # E 30 and 20 minus 20 and 40: -5, variances 50 and 200 of 2 runs each, so 250^2 / (50^2 + 200^2) = 1.47 degrees of
     # freedom; the 97.5% quantile of their t is 6.19, by scipy.special.stdtrit, times sqrt(25 + 100).
-    assert head_of_differences.split() == 'model runs of baseline E plain mCE noise blur weather digital'.split()
+    assert head_of_differences.split() == 'model runs baseline runs E plain mCE noise blur weather digital'.split()
     assert differences.startswith('pp  2  2  -5.0 -74.2 to 64.2')
-    # Plain mCE and kinds 40 and 70 less 50 and 60: 0, variances 450 and 50, so 1.22 degrees: 8.39 times sqrt(225 + 25).
+    # Plain mCE and kinds 40, 70 minus 50, 60: 0, variances 450 and 50, so 1.22 degrees: 8.39 times sqrt(225 + 25).
     assert differences.endswith('  0.0 -132.7 to 132.7' * 5)
     assert len(page.row('plain')) == 2  # not among the differences
     assert not any('Without' in text or 'against plain' in text for text in page.texts)
@@ -239,7 +239,7 @@ def test_any_number_of_runs_is_compared_with_the_runs_of_the_baseline(tmp_path):
     errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@2': (2, 7), 'pp@3': (7, 7), 'pp@x': (9, 7), 'alone': (9, 9)}
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     page = Page(write_report([folder], tmp_path / 'page'))
-    # E 20, 70, 90 less 20, 40; plain mCE 70 in each run, less 50 and 60: the t of one degree of freedom, 12.7, times 5.
+    # E 20, 70, 90 minus 20, 40; plain mCE 70 in each run, minus 50, 60: the t of one degree of freedom, 12.7, times 5.
     assert page.row('pp')[1].startswith('pp  3  2  30.0 ')
     assert page.row('pp')[1].endswith('  15.0 -48.5 to 78.5' * 5)
     assert len(page.row('alone')) == 3  # itself, and over its one run, with the calibration
@@ -282,11 +282,11 @@ def test_pairs_have_their_differences_and_a_plot(tmp_path, monkeypatch):
     pairs = ['plain:pp', 'pp:plain', 'alone:plain@2', 'plain:pp']
     page = Page(write_report([folder], tmp_path / 'page', pairs=pairs))
     assert [row.split() for row in page.row('pair')] == [
-        'pair runs of both E plain mCE noise blur weather digital'.split()
+        'pair runs (from, to) E plain mCE noise blur weather digital'.split()
     ]
-    assert page.row('points') == ['points  plain@2 less alone'] and not page.row('alone → plain@2')
-    # E 20, 70, 90 less 20, 40: 30, variances 1300 of 3 runs and 200 of 2, so 2.74 degrees of freedom: 3.36 times
-    # sqrt(1300 / 3 + 100). Plain mCE and kinds 70 in each run, less 50 and 60: 12.7 times 5.
+    assert page.row('points') == ['points  plain@2 minus alone'] and not page.row('alone → plain@2')
+    # E 20, 70, 90 minus 20, 40: 30, variances 1300 of 3 runs and 200 of 2, so 2.74 degrees of freedom: 3.36 times
+    # sqrt(1300 / 3 + 100). Plain mCE and kinds 70 in each run, minus 50 and 60: 12.7 times 5.
     assert page.row('plain → pp') == ['plain → pp  2, 3  30.0 -47.6 to 107.6' + '  15.0 -48.5 to 78.5' * 5]
     assert page.row('pp → plain') == ['pp → plain  3, 2  -30.0 -107.6 to 47.6' + '  -15.0 -78.5 to 48.5' * 5]
     # Of ten images 5 more are right: 2 to 8 of ten draws with 95%. 2 more are wrong in each corrupted pass: 0 to 5.
@@ -420,9 +420,21 @@ def test_the_overview_has_what_there_is():
 def test_shifts_of_training_runs_have_a_mean_and_a_range():
     measures = [('a@1', 'r', 10), ('a@2', 'r', 40), ('a@1', 's', 7), ('b', 'r', 3)]
     rows = [row_of(name, top1_err=(n, 0, 99), top5_err=(n / 2, 0, 99)) for name, _, n in measures]
-    rows = [row | {'shift': shift, 'drop': '', 'images': 9} for row, (_, shift, _) in zip(rows, measures, strict=True)]
+    rows = [
+        row | {'shift': shift, 'error_increase': '', 'images': 9}
+        for row, (_, shift, _) in zip(rows, measures, strict=True)
+    ]
     found = shift_means_over_runs(rows)
-    shown = ('model', 'shift', 'runs', 'images', *columns_of('top1_err'), 'top5_err', 'drop', 'drop_low')
+    shown = (
+        'model',
+        'shift',
+        'runs',
+        'images',
+        *columns_of('top1_err'),
+        'top5_err',
+        'error_increase',
+        'error_increase_low',
+    )
     assert [[row[column] for column in shown] for row in found] == [
         ['a', 'r', 2, 9, 25, 10, 40, 12.5, '', ''],
         ['a', 's', 1, 9, 7, 7, 7, 3.5, '', ''],
@@ -533,7 +545,7 @@ def test_names_in_the_plot_of_pairs_do_not_hide_each_other():
 def test_names_with_colons_can_be_paired(tmp_path):
     folder = write_finished(tmp_path / 'results', {'hf-hub:o/a@1': (2, 5), 'local-dir:b': (3, 4)}, baseline=None)
     page = Page(write_report([folder], tmp_path / 'page', pairs=['hf-hub:o/a:local-dir:b']))
-    assert page.row('points') == ['points  local-dir:b less hf-hub:o/a@1'] and page.row('E')[0].startswith('E  10.0')
+    assert page.row('points') == ['points  local-dir:b minus hf-hub:o/a@1'] and page.row('E')[0].startswith('E  10.0')
 
 
 def test_names_of_a_pair_must_be_known_and_of_one_protocol(tmp_path):
@@ -544,7 +556,7 @@ def test_names_of_a_pair_must_be_known_and_of_one_protocol(tmp_path):
             write_report([one, other], tmp_path / 'page', pairs=['c:d', pair])
     assert not (tmp_path / 'page').exists()
     page = Page(write_report([one, other], tmp_path / 'page', pairs=['c:d', 'a:b']))
-    assert page.row('points') == ['points  b less a@1', 'points  d less c']
+    assert page.row('points') == ['points  b minus a@1', 'points  d minus c']
     assert {path.name for path in (tmp_path / 'page').glob('*pairs.png')} == {'1-pairs.png', '2-pairs.png'}
 
 
@@ -629,7 +641,7 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(folder / 'summary_report' / 'report.html')
     assert main(['report', str(folder), '--pairs', 'pp:plain <1>', 'plain <1>:pp']) == 0
     page = Page(folder / 'report' / 'report.html')
-    assert page.row('points') == ['points  pp less plain <1>  plain <1> less pp']
+    assert page.row('points') == ['points  pp minus plain <1>  plain <1> minus pp']
     assert page.row('plain mCE') == ['plain mCE  -10.0 -30.0 to 0.0  10.0 0.0 to 30.0']
     capsys.readouterr()
     for arguments, message in [
@@ -687,7 +699,7 @@ def test_the_mean_over_all_15_leaves_out_held_out_corruptions():
 
 def test_the_interval_of_a_difference_needs_two_runs_of_each():
     def difference(*errors):
-        runs = [[dict.fromkeys(MEASURES, '') | {'E': error} for error in each] for each in errors]
+        runs = [[dict.fromkeys(RUN_MEASURES, '') | {'E': error} for error in each] for each in errors]
         return [difference_of_means(*runs)[column] for column in columns_of('E')]
 
     # Variances of 100 and 3 runs each, so 4 degrees of freedom: 2.776 times sqrt(100 / 3 + 100 / 3).
@@ -696,4 +708,4 @@ def test_the_interval_of_a_difference_needs_two_runs_of_each():
 
 
 def test_a_colon_parts_the_names_of_a_pair():
-    assert find_pairs(['a:b', 'a-b', 'azb', 'a:b@1', 'b:'], ['a', 'b@1']) == {'a:b': ('a', 'b'), 'a:b@1': ('a', 'b@1')}
+    assert parse_pairs(['a:b', 'a-b', 'azb', 'a:b@1', 'b:'], ['a', 'b@1']) == {'a:b': ('a', 'b'), 'a:b@1': ('a', 'b@1')}

@@ -416,7 +416,7 @@ def test_command_says_if_models_see_different_crops(data, tmp_path, capsys):
     assert 'in different ways: 32 pixels' in capsys.readouterr().out
 
 
-def test_command_tells_two_checkpoints_of_one_network_apart(data, tmp_path, capsys):
+def test_command_compares_two_checkpoints_of_one_network(data, tmp_path, capsys):
     arguments = command(data, tmp_path, '--corruptions', 'fog', '--severities', '2', '--workers', '0', '--amp')
     checkpoint = arguments[arguments.index('--checkpoint') + 1]
     arguments += ['--amp-dtype', 'bfloat16', '--checkpoint', checkpoint, checkpoint]
@@ -426,8 +426,8 @@ def test_command_tells_two_checkpoints_of_one_network_apart(data, tmp_path, caps
     assert list(predictions) == ['first', 'test_resnet']
     *_, sentence, more, caveat = capsys.readouterr().out.splitlines()
     assert f'{sentence} {more}' == (
-        'test_resnet against first, by these 21 images: the clean error is not told apart (0.0 points, 95% interval '
-        '0.0 to 0.0).'
+        'test_resnet against first, by these 21 images: the clean error is not significantly different (0.0 points, '
+        '95% interval 0.0 to 0.0).'
     )
     assert caveat.startswith('This compares single checkpoints')
     assert read_protocol(tmp_path / 'out')['models']['first']['precision'] == 'bfloat16'

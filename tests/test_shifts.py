@@ -54,13 +54,18 @@ def test_rows_by_hand(tmp_path):
     numbers, other, same = shift_rows(tmp_path)
     assert [row['shift'] for row in (numbers, other, same)] == ['numbers', 'other', 'same']
     assert (same['model'], same['images'], same['classes']) == ('a', 200, 2)
-    assert (same['top1_err'], same['top5_err'], same['drop']) == (40, 15, 30)
-    # 1.96 standard deviations: of 0.4 among 200, 6.8 points; of 0.15, 4.9; of the drop with 0.1 among 100, 9.0.
-    for measure, half in (('top1_err', 6.8), ('top5_err', 4.9), ('drop', 9.0)):
+    assert (same['top1_err'], same['top5_err'], same['error_increase']) == (40, 15, 30)
+    # 1.96 standard deviations: of 0.4 among 200, 6.8 points; of 0.15, 4.9; of the increase with 0.1 among 100, 9.0.
+    for measure, half in (('top1_err', 6.8), ('top5_err', 4.9), ('error_increase', 9.0)):
         assert same[f'{measure}_high'] - same[measure] == pytest.approx(half, abs=1)
         assert same[measure] - same[f'{measure}_low'] == pytest.approx(half, abs=1)
-    assert (other['top1_err'], other['top5_err'], other['drop'], other['drop_low']) == (75, 75, '', '')
-    assert (numbers['top1_err'], numbers['top5_err'], numbers['drop']) == (80, 40, 70)
+    assert (other['top1_err'], other['top5_err'], other['error_increase'], other['error_increase_low']) == (
+        75,
+        75,
+        '',
+        '',
+    )
+    assert (numbers['top1_err'], numbers['top5_err'], numbers['error_increase']) == (80, 40, 70)
 
 
 def test_a_drop_is_of_independent_images(tmp_path):
@@ -69,7 +74,7 @@ def test_a_drop_is_of_independent_images(tmp_path):
     write_shift(tmp_path, None, ranks, ['x', 'y'])
     write_shift(tmp_path, 's', ranks, ['x', 'y'])
     (row,) = shift_rows(tmp_path)
-    assert row['drop'] == 0 and row['drop_low'] < -5 and row['drop_high'] > 5
+    assert row['error_increase'] == 0 and row['error_increase_low'] < -5 and row['error_increase_high'] > 5
 
 
 def test_shifts_are_measured_beside_the_clean_images(tmp_path, caplog):
@@ -91,14 +96,14 @@ def test_shifts_are_measured_beside_the_clean_images(tmp_path, caplog):
     check(read_predictions(tmp_path / 'out')['net']['clean', 0], *ten_of(model, clean))
     with open(tmp_path / 'out' / 'shifted.csv') as file:
         a_r, same = csv.DictReader(file)
-    assert (a_r['model'], a_r['shift'], a_r['images'], a_r['classes'], a_r['drop']) == (
+    assert (a_r['model'], a_r['shift'], a_r['images'], a_r['classes'], a_r['error_increase']) == (
         'net',
         'imagenet a/r',
         '12',
         '3',
         '',
     )
-    assert (same['images'], same['classes']) == ('10', '10') and same['drop'] != ''
+    assert (same['images'], same['classes']) == ('10', '10') and same['error_increase'] != ''
     # What is there is kept, another model joins, and other images are refused before anything runs.
     path = predictions_path(found['same'], 'net', 'clean', 0)
     before = path.stat().st_mtime_ns
@@ -142,7 +147,7 @@ def test_the_page_has_the_shifts(tmp_path):
     write_shift(tmp_path, 'sketch <1>', [0] * 6 + [1] + [5] * 3, ['x', 'y'])
     page = Page(write_report([tmp_path, tmp_path], tmp_path / 'page'))
     head, row = page.row('model')[1], page.row('a')[1]
-    assert head.split('  ') == ['model', 'shift', 'images', 'classes', 'top1 err', 'top5 err', 'drop']
+    assert head.split('  ') == ['model', 'shift', 'images', 'classes', 'top1 err', 'top5 err', 'error increase']
     assert row.split('  ')[1:4] == ['sketch <1>', '10', '2'] and len(page.row('a')) == 3
     assert [cell.split()[0] for cell in row.split('  ')[4:]] == ['40.0', '30.0', '30.0']
     alone = Page(write_report([shifted_folder(tmp_path, 'sketch <1>')], tmp_path / 'alone'))
@@ -193,7 +198,7 @@ def test_command(tmp_path, capsys):
         assert message in error and error.count('\n') == 1 and not (tmp_path / 'out').exists()
     assert main([*arguments, '--shifted', f'one={other}', f'two={data}']) == 0
     one, two = shift_rows(tmp_path / 'out')
-    assert (one['images'], two['images'], two['drop']) == (4, 12, 0)
+    assert (one['images'], two['images'], two['error_increase']) == (4, 12, 0)
     out, err = capsys.readouterr()
     assert any(line.startswith('net on one, 4 images of 4 classes:  top-1 error ') for line in out.splitlines())
     assert '\n12 images of 4 classes' in f'\n{err}' and '\none: 4 images of 4 classes' in err and 'two:' in err

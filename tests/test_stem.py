@@ -154,7 +154,7 @@ def test_what_a_user_puts_on_a_module_of_the_stem_is_called(name, watch, chunks)
 
 @pytest.mark.parametrize('settings', [{}, {'stem_type': 'cifar'}, {'in_chans': 4}], ids=str)
 def test_flops_are_those_of_one_convolution_and_the_sum(settings, chunks):
-    """As many as the reference has, less one of its two convolutions; S has one channel of input and output."""
+    """As many as the reference has, minus one of its two convolutions; S has one channel of input and output."""
 
     def count(implementation, use):
         conv.implementation = implementation

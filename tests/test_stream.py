@@ -147,7 +147,7 @@ def test_a_damaged_description_is_named(field, value, tmp_path):
     keep_stream(Stream(), tmp_path)
     path = tmp_path / 'stream.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    with pytest.raises(ValueError, match=rf'stream.json must hold .* as {field}'):
+    with pytest.raises(ValueError, match=rf'stream.json: {field}(\.\S+)? must be '):
         StreamedImages(tmp_path)
 
 

@@ -139,7 +139,9 @@ def published(hub, tmp_path, monkeypatch):
 def test_train_from_timms_weights(model, published, data, tmp_path):
     options = ('--epochs', '1', '--model', *model, '--pretrained')
     result = subprocess.run(train_command(data, tmp_path, *options), capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0 and result.stderr.count('under a push-pull stem. Fine-tune') == 1, result.stderr
+    assert result.returncode == 0 and result.stderr.count('in a network with a push-pull unit. Fine-tune') == 1, (
+        result.stderr
+    )
     assert len(published.downloads()) == 1
     # Our own commands read the model arguments from the checkpoint, base among them.
     trained = load_model(model[0], tmp_path / 'run' / 'last.pth.tar')

@@ -140,7 +140,7 @@ def test_shifts_are_compared_with_clean_images_of_their_classes(tmp_path):
     assert columns('imagenet%20a-clean', 'model', 'top1') == [['b', '95.000'], ['a', '75.000']]
     assert columns('other', *shown) == [['a', '10.000', '80.000', '', '', '']]
     assert columns('v2', *shown) == [['a', '40.000', '50.000', '-30.000', '-25.000', '0']]
-    drops = {(row['shift'], row['model']): row['drop'] for row in shift_rows(tmp_path)}
+    drops = {(row['shift'], row['model']): row['error_increase'] for row in shift_rows(tmp_path)}
     assert (drops['imagenet a', 'b'], drops['sketch', 'a'], drops['other', 'a'], drops['v2', 'a']) == (75, 40, '', 30)
 
 
@@ -149,7 +149,9 @@ def test_real_labels_have_no_base(tmp_path):
     write_folder(tmp_path, {'a': clean(10, 5, 5)}, shift='sketch')
     assert write_timm_tables(tmp_path) == [tmp_path / 'results-sketch.csv']
     assert read(tmp_path / 'results-sketch.csv')[1][-3:] == ['', '', '']
-    assert [row['drop'] for row in shift_rows(tmp_path)] == ['']  # the labels of one are not those of the other
+    assert [row['error_increase'] for row in shift_rows(tmp_path)] == [
+        ''
+    ]  # the labels of one are not those of the other
 
 
 @pytest.mark.parametrize('name', ['clean', 'imagenet-c'])

@@ -28,7 +28,7 @@ def test_operators():
 
 
 def for_two_images():
-    """Bytes without those of weights alone: of 4 images less those of 2."""
+    """Bytes without those of weights alone: of 4 images minus those of 2."""
     few, many = (unit_traffic('pp_resnet18', images, 32, torch.float32) for images in (2, 4))
     return {
         row.implementation: (more.forward - row.forward, more.backward - row.backward)

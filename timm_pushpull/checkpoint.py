@@ -12,12 +12,12 @@ from timm.data import resolve_data_config
 
 from .errors import InputError
 
-__all__ = ['augmentation_of', 'model_args_of', 'read_checkpoint', 'set_data_config']
+__all__ = ['augmentation_of', 'model_args_of', 'read_training_options', 'set_data_config']
 
 AUGMENTATION = 'aa color_jitter color_jitter_prob gaussian_blur_prob grayscale_prob no_aug reprob'.split()
 
 
-def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = False) -> dict[str, Any]:
+def read_training_options(path: str | os.PathLike[str], use_ema: bool = False) -> dict[str, Any]:
     """Read the options of the training from a checkpoint, without running anything that the file holds.
 
     Args:
@@ -50,10 +50,10 @@ def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = False) -> dict
     key = next((key for key in wanted if content.get(key) is not None), '')
     weights = content[key] if key else content
     if not isinstance(weights, Mapping) or not weights:
-        raise InputError(f'{path} must hold weights by name{f" as {key}" if key else ""}, got {reprlib.repr(weights)}.')
+        raise InputError(f'{path}: {key or "the content"} must be weights by name, got {reprlib.repr(weights)}.')
     for name, tensor in weights.items():
         if not isinstance(tensor, torch.Tensor):
-            raise InputError(f'{path} must hold a tensor as {name}, got {reprlib.repr(tensor)}.')
+            raise InputError(f'{path}: {name} must be a tensor, got {reprlib.repr(tensor)}.')
     options = content.get('args')
     return vars(options) if isinstance(options, argparse.Namespace) else {}
 

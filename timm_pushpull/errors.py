@@ -1,4 +1,4 @@
-"""Errors that a user can mend, apart from those of bugs."""
+"""Errors that a user can fix, apart from those of bugs."""
 
 __all__ = ['InputError', 'MissingExtraError', 'WorkerKilledError']
 

@@ -1,4 +1,4 @@
-"""Reads text, JSON and YAML, and checks fields: an error names the file, the field, and what the field must hold."""
+"""Reads text, JSON and YAML, and checks fields: an error names the file, the field, and what the field must be."""
 
 import json
 import math
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
     """What a field may hold."""
 
     words: str
-    """For the message: what the field must hold."""
+    """For the message: what the field must be."""
     fits: Callable[[Any], bool]
 
 
@@ -49,7 +49,7 @@ def _all_fit(value: Any, kind: Kind) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(kind.fits, value))
 
 
-TEXT = Kind('a text', lambda value: isinstance(value, str) and value.strip() != '')
+TEXT = Kind('a string', lambda value: isinstance(value, str) and value.strip() != '')
 FLAG = Kind('true or false', lambda value: isinstance(value, bool))
 INTEGER = Kind('an integer', lambda value: _is_number(value, int))
 COUNT = Kind('a positive integer', lambda value: _is_number(value, int) and value > 0)
@@ -57,7 +57,7 @@ NUMBER = Kind('a number', _is_number)
 POSITIVE = Kind('a positive number', lambda value: _is_number(value) and value > 0)
 SIZE = Kind('channels, height and width', lambda value: _all_fit(value, COUNT) and len(value) == 3)
 CHANNELS = Kind('a number for each channel', lambda value: _all_fit(value, NUMBER))
-MAPPING = Kind('fields by name', lambda value: isinstance(value, dict))
+MAPPING = Kind('a mapping', lambda value: isinstance(value, dict))
 CROP_MODES = ('center', 'squash', 'border')
 CROP_MODE = Kind(f'one of {", ".join(CROP_MODES)}', lambda value: value in CROP_MODES)
 PIL_FILTERS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -119,7 +119,7 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
         Its fields.
 
     Raises:
-        ValueError: If the file is not such a file, or holds anything else.
+        ValueError: If the file is not JSON or YAML, or holds no mapping.
         OSError: If the file cannot be read.
     """
     text, is_json = read_text(path), Path(path).suffix == '.json'
@@ -128,7 +128,7 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f'{path} is not {"JSON" if is_json else "YAML"}: {" ".join(str(error).split())}') from error
     if not isinstance(content, dict):
-        raise InputError(f'{path} must hold fields by name, got {reprlib.repr(content)}.')
+        raise InputError(f'{path} must hold a mapping, got {reprlib.repr(content)}.')
     return content
 
 
@@ -138,9 +138,9 @@ def check_fields(
     """Check fields.
 
     Args:
-        path: Their file.
+        path: File named in the error.
         content: Fields by name. Fields without a kind may hold anything.
-        kinds: What each field must hold.
+        kinds: What each field must be.
         within: Name of the field that holds these fields.
 
     Raises:
@@ -150,4 +150,4 @@ def check_fields(
         if not kind.fits(content.get(name)):
             got = reprlib.repr(content[name]) if name in content else 'nothing'
             field = f'{within}.{name}' if within else name
-            raise InputError(f'{path} must hold {kind.words} as {field}, got {got}.')
+            raise InputError(f'{path}: {field} must be {kind.words}, got {got}.')

@@ -19,7 +19,7 @@ from .class_lists import find_class_map
 from .errors import InputError
 from .fields import TRAINING_OPTIONS, check_fields, read_mapping
 
-__all__ = ['list_recipes', 'read_options', 'read_recipe', 'recipe_commands', 'recipe_text']
+__all__ = ['list_recipes', 'read_args_yaml', 'read_recipe', 'recipe_commands', 'recipe_text']
 
 NETWORKS = {
     'pp_resnet18': 'ResNet18',
@@ -29,13 +29,13 @@ NETWORKS = {
 }
 Options = dict[str, Any]
 NEGATED = {'avg_pool_size': 3, 'pull_kernel': 'negated', 'alpha': 1.0}
-UNITS: dict[str, tuple[str, Options]] = {  # words of the purpose, model_kwargs
+UNITS: dict[str, tuple[str, Options]] = {  # description, model_kwargs
     'baseline': (', plain: the baseline', {'push_pull': False}),
     'pp3': (' + PP3', {'avg_pool_size': 3}),
     'pp5': (' + PP5', {'avg_pool_size': 5}),
     'pp3_negated': (' + PP3 with the negated push kernel as pull kernel', NEGATED),
 }
-AUGMENTATIONS: dict[str, tuple[str, Options, Options]] = {  # words of the purpose, options, model_kwargs
+AUGMENTATIONS: dict[str, tuple[str, Options, Options]] = {  # description, options, model_kwargs
     'aa': ('AutoAugment (ImageNet policy)', {'aa': 'original'}, {}),
     'augmix': ('AugMix (severity 3, width 3, random depth)', {'aa': 'augmix-m3-w3'}, {}),
     'prime': ('PRIME', {}, {'augment': 'prime'}),
@@ -71,7 +71,7 @@ and timm exempts biases, BatchNorm and alpha from weight decay.
 """
 BATCH_NOTE = 'batch_size is for one process; `timm-pushpull recipes NAME --processes N` prints the options for N.\n'
 IMAGENET_NOTES = PAPER_NOTES.format(20, 6, 14, IMAGENET_CROP) + BATCH_NOTE
-BASES = {  # words of the purpose, notes
+BASES = {  # description, notes
     'in1k': ('ImageNet-1k', IMAGENET_NOTES),
     'in100': ('ImageNet-100', IMAGENET_NOTES),
     'in200': ('ImageNet-200', IMAGENET_NOTES),
@@ -173,7 +173,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     return recipe
 
 
-def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_args_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the ``args.yaml`` of a training or of a model.
 
     Args:

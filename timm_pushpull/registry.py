@@ -9,7 +9,7 @@ of the model's repository on the Hub:
 - ``model.safetensors.sha256``: the checksum of the weights, as ``sha256sum`` writes it;
 - ``README.md``: the model card.
 
-The weights of a tag never change: better weights get another tag.
+The weights of a name never change: better weights get another name.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ __all__ = [
 HUB_ORG = os.environ.get('TIMM_PUSHPULL_HUB_ORG', 'timm-pushpull')
 CONFIG, RECIPE, CARD = 'config.json', 'args.yaml', 'README.md'
 CHECKSUM = f'{WEIGHTS}.sha256'
-PAPER = {  # fields of a pretrained cfg of weights that were trained with a push-pull network
+PAPER = {  # pretrained_cfg fields of our weights
     'origin_url': 'https://github.com/bgswaroop/pushpull-conv',
     'paper_name': 'PushPull-Net: Inhibition-driven ResNet robust to image corruptions',
     'paper_ids': 'arXiv:2408.04077',
@@ -66,7 +66,7 @@ def hub_configs() -> Path:
     """Find ``hub_configs``: inside an installed package, beside the package in a checkout.
 
     Returns:
-        The folder of the models' folders.
+        Parent of the model folders.
     """
     package = Path(__file__).parent
     installed = package / 'hub_configs'
@@ -77,7 +77,7 @@ def model_folders(folder: str | os.PathLike[str]) -> list[Path]:
     """List the models' folders in a folder: those named ``architecture.tag`` with a ``config.json``.
 
     Args:
-        folder: Their parent, such as :func:`hub_configs`.
+        folder: Parent of the model folders, such as :func:`hub_configs`.
 
     Returns:
         The folders, by name.
@@ -148,9 +148,7 @@ def _check_types(cfg: dict[str, Any], path: Path) -> None:
             raise InputError(f'{path} has the field {key}, which timm does not know.')
         kind: Any = type(defaults[key])
         if defaults[key] is not None and not isinstance(value, (int, float) if kind is float else kind):
-            raise InputError(
-                f'{path} must hold {"an" if kind is int else "a"} {kind.__name__} as {key}, got {value!r}.'
-            )
+            raise InputError(f'{path}: {key} must be {"an" if kind is int else "a"} {kind.__name__}, got {value!r}.')
 
 
 def read_checksum(folder: str | os.PathLike[str]) -> str | None:

@@ -41,8 +41,8 @@ def fetch_weights(
     Args:
         hub_id: Repository on the Hub, ``organisation/name`` or ``organisation/name@revision``.
         filename: File of the weights; None for ``model.safetensors`` or, where there is none, ``pytorch_model.bin``.
-        sha256: Checksum of the weights. None for the one by which the Hub names the file: it shows damage on the way,
-            or in the cache, but not that somebody published other weights.
+        sha256: Checksum of the weights. None: compare with the Hub's hash; detects damage, not a
+            replaced upload.
         cache_dir: Cache folder; None for the default of ``huggingface_hub``.
 
     Returns:
@@ -77,7 +77,7 @@ def _download(repo_id: str, name: str, revision: str | None, cache: str | None) 
     """Find a file in the cache, or download it.
 
     Returns:
-        Its path, and the name of its content on the Hub, None if the Hub did not tell.
+        Its path, and its ETag on the Hub, None if the Hub did not tell.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -69,5 +69,5 @@ def _check_pixels(images: Tensor, dtype: torch.dtype, mean: tuple[float, ...], s
         raise InputError(
             f'augment needs the mean and std that the loader used: with those of the model, mean={mean} and std={std}, '
             'the batch does not hold 8-bit pixels. Leave --mean and --std out, or give the model the same values by '
-            '--model-kwargs "pretrained_cfg_overlay=dict(mean=..., std=...)". Mixup needs the prefetcher.'
+            '--model-kwargs "pretrained_cfg_overlay=dict(mean=..., std=...)". With mixup do not use --no-prefetcher.'
         )

@@ -217,7 +217,7 @@ class PrimeDraw(NamedTuple):
     blend: Tensor  # m (N,) in [0, 1]
     kernels: Tensor  # (spectral steps, 3, 3)
     displacements: Tensor  # (spatial steps, 2, n, n) in pixels
-    first: Tensor  # (colour steps,)
+    first: Tensor  # (colour steps,), lowest frequency in half periods
     coefficients: Tensor  # (colour steps, C, K)
 
 
@@ -286,10 +286,10 @@ class PRIME(nn.Module):
 
     Args:
         sigma: Standard deviation of the filter kernels around the delta, at least 0.
-        cut_max: Cuts of the displacement fields are drawn from 2 to ``cut_max``, at least 2.
+        cut_max: Highest cutoff frequency of the displacement fields, in modes, at least 2; cutoffs are drawn from 2.
         color_temperature: Variance of the colour coefficients, at least 0.
         color_terms: Number of consecutive frequencies of a colour curve, at least 1.
-        color_first_max: First frequencies are drawn from 1 to ``color_first_max``, at least 1.
+        color_first_max: Largest lowest frequency of a colour curve, in half periods, at least 1; drawn from 1.
 
     Shape:
         (N, C, n, n) to (N, C, n, n).

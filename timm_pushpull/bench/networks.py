@@ -1,4 +1,4 @@
-"""Benchmark of the push-pull networks: time and memory beside timm's plain networks and the reference."""
+"""Benchmark of the push-pull networks: time and memory, compared with timm's plain networks and the reference."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence

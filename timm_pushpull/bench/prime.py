@@ -53,7 +53,7 @@ def bench_prime(
             images.clone()
 
     calls = {'plain': copy, 'ours': lambda: prime(images), 'reference': lambda: _plain_prime(prime, images)}
-    return compare(calls, device, rounds, f'PRIME, {preset}')
+    return compare(calls, device, rounds, f'PRIME, {preset}', use='augment')
 
 
 @torch.no_grad()

@@ -22,23 +22,23 @@ class Comparison(NamedTuple):
 
     what: str
     use: str
-    """``'inference'`` or ``'training'`` (forward and backward; for PRIME one call)."""
+    """``'inference'``, ``'training'`` (forward and backward) or ``'augment'`` (one call of PRIME)."""
     memory_format: str
     precision: str
     compiled: bool
     plain_seconds: float
     """Median time of the plain network, or of PRIME's floor."""
-    time: float
+    time_ratio: float
     """Time of ours over that of the plain network."""
-    time_low: float
-    time_high: float
-    reference_time: float
+    time_ratio_low: float
+    time_ratio_high: float
+    reference_time_ratio: float
     """Time of the reference over that of the plain network."""
-    reference_time_low: float
-    reference_time_high: float
-    memory: float
+    reference_time_ratio_low: float
+    reference_time_ratio_high: float
+    memory_ratio: float
     """Peak memory of ours over that of the plain network."""
-    reference_memory: float
+    reference_memory_ratio: float
 
 
 class Ratio(NamedTuple):
@@ -97,7 +97,7 @@ def compare(
         device: Device of the calls.
         rounds: Number of rounds.
         what: Network, or part of one.
-        use: ``'inference'`` or ``'training'``.
+        use: ``'inference'``, ``'training'`` or ``'augment'``.
         memory_format: ``'nchw'`` or ``'nhwc'``.
         precision: Name of the data type.
         compiled: True for calls compiled by ``torch.compile``.

@@ -51,13 +51,17 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 def add_dataset_arguments(group: Any, data_dir_help: str) -> None:
     """Add the options that :func:`timm_pushpull.open_dataset` takes."""
     group.add_argument('--data-dir', metavar='DIR', help=data_dir_help)
-    group.add_argument('--dataset', metavar='NAME', help='type of the dataset, as in validate.py (image folder)')
-    group.add_argument('--split', default='validation', metavar='NAME', help='split of the dataset (%(default)s)')
+    group.add_argument(
+        '--dataset', metavar='NAME', help='type of the dataset, as in validate.py (default: image folder)'
+    )
+    group.add_argument(
+        '--split', default='validation', metavar='NAME', help='split of the dataset (default: %(default)s)'
+    )
     group.add_argument(
         '--class-map',
         default='',
         metavar='FILE',
-        help='as in validate.py, or imagenet_100, imagenet_200 or imagenet_1000',
+        help='text file with one class name a line, or imagenet_100, imagenet_200 or imagenet_1000',
     )
 
 

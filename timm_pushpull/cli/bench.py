@@ -15,18 +15,22 @@ def add_to(commands: Any) -> None:
         'reference, and PRIME with its plain formulation.',
     )
     benches = bench.add_subparsers(metavar='WHAT', title='parts (default: networks in every mode, then prime)')
-    networks = benches.add_parser('networks', help="push-pull networks beside timm's plain networks")
+    networks = benches.add_parser('networks', help="push-pull networks compared with timm's plain networks")
     networks.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     networks.add_argument('--torchcompile', action='store_true', help='compile the networks')
     networks.set_defaults(run=run_networks)
-    prime = benches.add_parser('prime', help='PRIME beside its plain formulation')
-    prime.add_argument('--preset', default='imagenet', metavar='NAME', help='imagenet or cifar (%(default)s)')
+    prime = benches.add_parser('prime', help='PRIME compared with its plain formulation')
+    prime.add_argument('--preset', default='imagenet', metavar='NAME', help='imagenet or cifar (default: %(default)s)')
     prime.set_defaults(run=run_prime)
-    robustness = benches.add_parser('robustness', help="the evaluation beside timm's validate.py")
-    robustness.add_argument('--model', default='resnet18', metavar='MODEL', help='model name of timm (%(default)s)')
-    robustness.add_argument('--images', type=int, default=256, metavar='N', help='at least 80 (%(default)s)')
+    robustness = benches.add_parser('robustness', help="the evaluation compared with timm's validate.py")
     robustness.add_argument(
-        '--workers', type=int, default=2, metavar='N', help='processes that decode images (%(default)s)'
+        '--model', default='resnet18', metavar='MODEL', help='model name of timm (default: %(default)s)'
+    )
+    robustness.add_argument(
+        '--images', type=int, default=256, metavar='N', help='number of images, at least 80 (default: %(default)s)'
+    )
+    robustness.add_argument(
+        '--workers', type=int, default=2, metavar='N', help='processes that decode images (default: %(default)s)'
     )
     robustness.set_defaults(run=run_robustness)
     bench.set_defaults(run=run, **dict.fromkeys(('networks', 'img_size', 'output', 'batch_size', 'rounds', 'device')))
@@ -34,13 +38,13 @@ def add_to(commands: Any) -> None:
         # SUPPRESS, because a default would replace what was given before WHAT.
         option = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
         if parser in (bench, networks):
-            option('--networks', nargs='+', metavar='NAME', help='plain networks (resnet18 resnet50)')
+            option('--networks', nargs='+', metavar='NAME', help='plain networks (default: resnet18 resnet50)')
         if parser is not robustness:
-            option('--img-size', type=int, metavar='N', help='side of the images, in pixels (224)')
-            option('--output', metavar='FILE', help='CSV of all figures')
-        option('--batch-size', type=int, metavar='N', help='images in a batch (16; robustness: 64)')
-        option('--rounds', type=int, metavar='N', help='repetitions (6; robustness: 5)')
-        option('--device', help='device of the networks (cpu)')
+            option('--img-size', type=int, metavar='N', help='side of the images, in pixels (default: 224)')
+            option('--output', metavar='FILE', help='CSV file of all numbers')
+        option('--batch-size', type=int, metavar='N', help='images in a batch (default: 16; robustness: 64)')
+        option('--rounds', type=int, metavar='N', help='repetitions (default: 6; robustness: 5)')
+        option('--device', help='device of the networks (default: cpu)')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -98,9 +102,10 @@ def _print_comparisons(args: argparse.Namespace, comparisons: Iterator[Any]) -> 
         if title != last:
             print(f'\n{title:<31} {"ours":>19} {"reference":>19}  memory')
         last = title
-        ours = f'{row.time:.2f} ({row.time_low:.2f} to {row.time_high:.2f})'
-        reference = f'{row.reference_time:.2f} ({row.reference_time_low:.2f} to {row.reference_time_high:.2f})'
-        memory = f'{row.memory:.2f}, {row.reference_memory:.2f}'
+        ours = f'{row.time_ratio:.2f} ({row.time_ratio_low:.2f} to {row.time_ratio_high:.2f})'
+        low, high = row.reference_time_ratio_low, row.reference_time_ratio_high
+        reference = f'{row.reference_time_ratio:.2f} ({low:.2f} to {high:.2f})'
+        memory = f'{row.memory_ratio:.2f}, {row.reference_memory_ratio:.2f}'
         print(f'{row.what:<15} {row.use:<10} {row.memory_format} {ours:>19} {reference:>19}  {memory}')
         if args.output:
             write_comparisons(args.output, found)

@@ -16,17 +16,17 @@ def add_to(commands: Any) -> None:
         '--output',
         default='pushpull-demo',
         metavar='FOLDER',
-        help='folder of the weights, the results and the page; finished steps are not repeated (%(default)s)',
+        help='folder of the weights, the results and the page; finished steps are not repeated (default: %(default)s)',
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     from ..demo import NOTE, run_demo
-    from .printing import print_summary, print_verdicts
+    from .printing import print_comparisons, print_summary
 
     result = run_demo(args.output)
     print_summary(result.rows)
     print(textwrap.fill(NOTE, 100))
     print(f'Tables and plots: {result.report.resolve().as_uri()}')
-    print_verdicts(result.results)
+    print_comparisons(result.results)

@@ -15,8 +15,8 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument('model', metavar='MODEL', help='any model name that timm.create_model takes')
     parser.add_argument('--output', required=True, metavar='FOLDER', help='folder of the PNG and CSV files')
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of the noise (%(default)s)')
-    add_model_arguments(parser, "checkpoint of the model (timm's pretrained weights)")
+    parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of the noise (default: %(default)s)')
+    add_model_arguments(parser, "checkpoint of the model (default: timm's pretrained weights)")
     parser.set_defaults(run=run)
 
 

@@ -17,22 +17,29 @@ def add_to(commands: Any) -> None:
 
     export = actions.add_parser('export', help='turn a checkpoint of train.py into a model folder')
     export.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint, beside the args.yaml of its run')
-    export.add_argument('--tag', required=True, metavar='NAME', help='architecture.tag, such as pp_resnet18.pp3_in1k')
+    export.add_argument('--name', required=True, help='ARCHITECTURE.TAG, such as pp_resnet18.pp3_in1k')
     export.add_argument('--org', metavar='NAME', help='organisation or user on the Hub, for the model card')
-    export.add_argument('--output', default='hub_configs', metavar='FOLDER', help='parent of the folder (%(default)s)')
+    export.add_argument(
+        '--output', default='hub_configs', metavar='FOLDER', help='parent of the folder (default: %(default)s)'
+    )
     export.add_argument('--results', metavar='FOLDER', help='results of timm-pushpull robustness, for the model card')
     export.add_argument('--use-ema', action='store_true', help='export the EMA weights of the checkpoint')
     export.add_argument(
-        '--dtype', default='float32', choices=('float32', 'float16', 'bfloat16'), help='of the weights (%(default)s)'
+        '--dtype',
+        default='float32',
+        choices=('float32', 'float16', 'bfloat16'),
+        help='data type of the weights (default: %(default)s)',
     )
     export.add_argument(
-        '--workers', type=int, default=2, metavar='N', help='processes that decode images (%(default)s)'
+        '--workers', type=int, default=2, metavar='N', help='processes that decode images (default: %(default)s)'
     )
     add_dataset_arguments(export, 'clean images, for the names of the classes and the effect of rounding the weights')
     export.set_defaults(run=run_export)
 
-    check = actions.add_parser('check', help='check that model folders are complete, safe and run')
-    check.add_argument('folders', nargs='*', metavar='FOLDER', help='model folders (all of this package)')
+    check = actions.add_parser(
+        'check', help='check that model folders are complete and safe, and that their models run'
+    )
+    check.add_argument('folders', nargs='*', metavar='FOLDER', help='model folders (default: all of this package)')
     check.set_defaults(run=run_check)
 
     push = actions.add_parser('push', help='upload a model folder to the Hub')
@@ -53,7 +60,7 @@ def run_export(args: argparse.Namespace) -> None:
 
     folder = export_checkpoint(
         args.checkpoint,
-        args.tag,
+        args.name,
         args.output,
         results=args.results,
         use_ema=args.use_ema,

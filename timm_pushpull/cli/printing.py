@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ['print_summary', 'print_verdicts']
+__all__ = ['print_comparisons', 'print_summary']
 
 
 def print_summary(rows: Sequence[dict[str, Any]]) -> None:
@@ -18,8 +18,8 @@ def print_summary(rows: Sequence[dict[str, Any]]) -> None:
     print('\n' + ' ' * label + ''.join(f'  {row["model"]:>9}' for row in rows))
     for name in measures:
         places = 3 if name.endswith(('NLL', 'Brier')) else 2
-        figures = (f'{value:.{places}f}' if (value := row.get(name, '')) != '' else '' for row in rows)
-        values = (f'{figure:>{max(9, len(row["model"]))}}' for figure, row in zip(figures, rows, strict=True))
+        numbers = (f'{value:.{places}f}' if (value := row.get(name, '')) != '' else '' for row in rows)
+        values = (f'{number:>{max(9, len(row["model"]))}}' for number, row in zip(numbers, rows, strict=True))
         print(f'{name:<{label}}  {"  ".join(values)}')
     units = 'in %, NLL in nats, Brier score from 0 to 2' if {*measures} & {*CALIBRATION} else 'in %'
     print(f'{units}; means over severities {rows[0]["severities"] or "of none"}', end='')
@@ -28,12 +28,12 @@ def print_summary(rows: Sequence[dict[str, Any]]) -> None:
         print(f'{unreadable} predictions are missing: their images could not be read.')
 
 
-def print_verdicts(folder: str | os.PathLike[str]) -> None:
-    """Print whether the images tell the models of a results folder apart."""
-    from ..robustness.paired import CAVEAT, read_verdicts
+def print_comparisons(folder: str | os.PathLike[str]) -> None:
+    """Print whether the differences of the models of a results folder are significant."""
+    from ..robustness.paired import CAVEAT, read_comparisons
 
-    if verdicts := read_verdicts(folder):
+    if sentences := read_comparisons(folder):
         print()
-        for sentence in verdicts:
+        for sentence in sentences:
             print(textwrap.fill(sentence, 100, break_long_words=False, break_on_hyphens=False))
         print(CAVEAT)

@@ -16,7 +16,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument('name', nargs='?', metavar='NAME', help='recipe, such as pp_resnet50.pp3_prime_in1k')
     parser.add_argument('--output', metavar='FILE', help='write the recipe to this file, for train.py --config')
     parser.add_argument(
-        '--processes', type=int, default=4, metavar='N', help='processes of the torchrun command (%(default)s)'
+        '--processes', type=int, default=4, metavar='N', help='processes of the torchrun command (default: %(default)s)'
     )
     parser.set_defaults(run=run)
 

@@ -15,7 +15,9 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument('results', nargs='+', metavar='RESULTS', help='results folders, or one summary.csv')
     parser.add_argument(
-        '--output', metavar='FOLDER', help='folder of the page (RESULTS/report, for a summary.csv summary_report)'
+        '--output',
+        metavar='FOLDER',
+        help='folder of the page (default: RESULTS/report, or NAME_report beside NAME.csv)',
     )
     parser.add_argument('--baseline', metavar='MODEL', help=BASELINE_HELP)
     parser.add_argument(
@@ -23,7 +25,7 @@ def add_to(commands: Any) -> None:
         nargs='+',
         default=(),
         metavar='FROM:TO',
-        help='models to compare, or their names before the @ of training runs: a table of differences, TO less FROM, '
+        help='models to compare, or their names before the @ of training runs: a table of differences, TO minus FROM, '
         'and a plot with arrows',
     )
     parser.set_defaults(run=run)

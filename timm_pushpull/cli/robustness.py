@@ -15,7 +15,7 @@ from .arguments import (
     model_options,
     positive,
 )
-from .printing import print_summary, print_verdicts
+from .printing import print_comparisons, print_summary
 
 
 def add_to(commands: Any) -> None:
@@ -45,26 +45,28 @@ def add_to(commands: Any) -> None:
         nargs='+',
         default=(),
         metavar='NAME=FOLDER',
-        help='naturally shifted images, such as imagenet-a=FOLDER: each set is measured beside the clean images; clean '
-        'images of the same classes, as imagenet-a-clean=FOLDER, give its drop where --data-dir has other classes',
+        help='naturally shifted images, such as imagenet-a=FOLDER: if --data-dir has other classes, also give clean '
+        'images of the classes of the set as NAME-clean=FOLDER; the error increase is computed from these',
     )
     data.add_argument(
         '--corruptions',
         nargs='+',
         default=TEST_CORRUPTIONS,
         metavar='NAME',
-        help='corruptions, or all: those of --stored, else the 15 of ImageNet-C and 4 more (the 15)',
+        help='corruptions, or all: those of --stored, else the 15 of ImageNet-C and 4 more (default: the 15)',
     )
     data.add_argument(
-        '--severities', nargs='+', type=int, default=SEVERITIES, metavar='N', help='severities (1 2 3 4 5)'
+        '--severities', nargs='+', type=int, default=SEVERITIES, metavar='N', help='severities (default: 1 2 3 4 5)'
     )
     data.add_argument(
         '--limit',
         type=int,
         metavar='N',
-        help='number of images, spread over the classes, or the first of a stream (all)',
+        help='number of images, spread over the classes, or the first of a stream (default: all)',
     )
-    data.add_argument('--seed', type=int, default=0, metavar='N', help='seed of generated corruptions (%(default)s)')
+    data.add_argument(
+        '--seed', type=int, default=0, metavar='N', help='seed of generated corruptions (default: %(default)s)'
+    )
     data.add_argument(
         '--valid-labels',
         metavar='FILE',
@@ -77,7 +79,7 @@ def add_to(commands: Any) -> None:
         '--skip-unreadable', action='store_true', help='leave out and count unreadable images, instead of stopping'
     )
     model = parser.add_argument_group('models', "options of timm's validate.py, the same for all models")
-    add_model_arguments(model, "one checkpoint for each model (timm's pretrained weights)", nargs='+')
+    add_model_arguments(model, "one checkpoint for each model (default: timm's pretrained weights)", nargs='+')
     model.add_argument(
         '--input-size', nargs=3, type=int, metavar='N', help='channels, height and width, such as 3 224 224'
     )
@@ -85,28 +87,36 @@ def add_to(commands: Any) -> None:
         '--use-train-size', action='store_true', help='train size instead of the test size; always with --stored'
     )
     model.add_argument('--crop-pct', type=positive, metavar='N', help='fraction of the image that the crop keeps')
-    model.add_argument('--interpolation', choices=['bilinear', 'bicubic', 'lanczos', 'nearest'], help='of the resize')
+    model.add_argument(
+        '--interpolation', choices=['bilinear', 'bicubic', 'lanczos', 'nearest'], help='interpolation of the resize'
+    )
     model.add_argument('--mean', nargs=3, type=float, metavar='N', help='mean of each channel')
     model.add_argument('--std', nargs=3, type=positive, metavar='N', help='standard deviation of each channel')
     run_group = parser.add_argument_group('run')
     run_group.add_argument('--output', required=True, metavar='FOLDER', help='results folder')
     run_group.add_argument('--baseline', metavar='MODEL', help=BASELINE_HELP)
-    run_group.add_argument('--device', help='device of the models (cuda if there is one, else cpu)')
+    run_group.add_argument('--device', help='device of the models (default: cuda if there is one, else cpu)')
     run_group.add_argument('--channels-last', action='store_true', help='channels_last memory format, often faster')
     run_group.add_argument('--amp', action='store_true', help='mixed precision')
     run_group.add_argument(
-        '--amp-dtype', default='float16', choices=['float16', 'bfloat16'], help='data type of --amp (%(default)s)'
+        '--amp-dtype',
+        default='float16',
+        choices=['float16', 'bfloat16'],
+        help='data type of --amp (default: %(default)s)',
     )
     run_group.add_argument(
         '--adapt-batch-norm',
         type=int,
         metavar='N',
-        help='measure each model twice: as it is, and as MODEL+bnN with the BatchNorm statistics of each batch blended '
-        'with those of the training, which count for N images; a protocol of its own, which depends on --batch-size',
+        help='measure each model twice: unchanged, and as MODEL+bnN with its running BatchNorm statistics blended with '
+        'those of each batch. N: weight of the running statistics, in images. A protocol of its own, which depends on '
+        '--batch-size',
     )
-    run_group.add_argument('--batch-size', type=int, default=64, metavar='N', help='images in a batch (%(default)s)')
     run_group.add_argument(
-        '--workers', type=int, default=2, metavar='N', help='processes that decode and corrupt (%(default)s)'
+        '--batch-size', type=int, default=64, metavar='N', help='images in a batch (default: %(default)s)'
+    )
+    run_group.add_argument(
+        '--workers', type=int, default=2, metavar='N', help='processes that decode and corrupt (default: %(default)s)'
     )
     parser.set_defaults(run=run)
 
@@ -119,10 +129,10 @@ def run(args: argparse.Namespace) -> None:
 
     from ..robustness.data import open_stored, stored_corruptions
     from ..robustness.evaluate import evaluate_robustness
-    from ..robustness.inputs import load_models, open_dataset, refused_by_timm
+    from ..robustness.inputs import as_input_error, load_models, open_dataset
 
     if not args.data_dir and not args.dataset and not args.stored:
-        raise InputError('--data-dir, to generate corruptions, or --stored must be given.')
+        raise InputError('give --data-dir (generates corruptions) or --stored.')
     dataset = stored = None
     if args.data_dir or args.dataset:
         dataset = open_dataset(**dataset_options(args))
@@ -143,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     if args.channels_last:
         models = {label: model.to(memory_format=torch.channels_last) for label, model in models.items()}
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    with refused_by_timm(f'--device {args.device}'):
+    with as_input_error(f'--device {args.device}'):
         device = init_distributed_device(args)
     data_configs = {
         name: resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size and stored is None)
@@ -177,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
         print_summary(rows)
         print_shifts(args.output)
         print_notes(rows, args.output)
-        print_verdicts(args.output)
+        print_comparisons(args.output)
 
 
 def print_shifts(folder: str | os.PathLike[str]) -> None:
@@ -188,7 +198,11 @@ def print_shifts(folder: str | os.PathLike[str]) -> None:
 
     for row in shift_rows(folder):
         words = [f'{row["model"]} on {row["shift"]}, {row["images"]:,} images of {row["classes"]:,} classes:']
-        for measure, name in (('top1_err', 'top-1 error'), ('top5_err', 'top-5 error'), ('drop', 'drop')):
+        for measure, name in (
+            ('top1_err', 'top-1 error'),
+            ('top5_err', 'top-5 error'),
+            ('error_increase', 'error increase'),
+        ):
             if row[measure] != '':
                 value, low, high = (tenths(row[column]) for column in columns_of(measure))
                 words.append(f'{name} {value} ({low} to {high})')

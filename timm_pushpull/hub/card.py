@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..recipes import list_recipes
 from ..registry import CHECKSUM, HUB_ORG, RECIPE, hub_configs
-from ..robustness.metrics import HELD_OUT_CORRUPTIONS, MEANS, TEST_CORRUPTIONS
+from ..robustness.metrics import HELD_OUT_CORRUPTIONS, MEASURES, TEST_CORRUPTIONS, display_name
 from ..robustness.summary import columns_of
 from ..weights import WEIGHTS
 
@@ -51,8 +51,8 @@ class Evaluation(NamedTuple):
     """Row of the model, see :func:`timm_pushpull.robustness.summary.summarize`."""
     baseline: Mapping[str, Any] | None
     """Row of the baseline; None if the folder has no baseline for this model."""
-    stored: bool
-    """True for results of the stored weights, False for results of the weights before rounding."""
+    after_rounding: bool
+    """True for results of the rounded weights, False for results of the weights before rounding."""
 
 
 def model_card(
@@ -61,7 +61,7 @@ def model_card(
     model_args: Mapping[str, Any],
     weights: str,
     recipe: str,
-    departures: str = '',
+    overrides: str = '',
     seed: int | None = None,
     label_config: Mapping[str, Any] | None = None,
     org: str = HUB_ORG,
@@ -76,7 +76,7 @@ def model_card(
         model_args: Arguments of ``timm.create_model`` that created the model.
         weights: Type of the weights, in words.
         recipe: Content of ``args.yaml``.
-        departures: Options of ``train.py`` that turn the recipe into the run of these weights.
+        overrides: Options of ``train.py`` that turn the recipe into the run of these weights.
         seed: Seed of the training.
         label_config: ``label_names`` and ``label_descriptions`` of ``config.json``.
         org: Organisation or user on the Hub.
@@ -112,9 +112,9 @@ def model_card(
         f'std {_numbers(cfg["std"])}\n'
         f'- **Trained on:** {dataset or "see the recipe"}, {model.num_classes:,} classes\n'
         '- **Paper:** PushPull-Net, https://arxiv.org/abs/2408.04077',
-        *_results(name, reference, evaluation, rounding, seed),
+        *_results(name, reference, evaluation, rounding, seed, weights),
         _usage(name, reference, label_config or {}),
-        _reproduction(name, departures),
+        _reproduction(name, overrides),
         '## Licence\nApache-2.0, like timm. The licence of the training images may add conditions.',
         f'## Citation\n{CITATION}',
     ]
@@ -140,45 +140,49 @@ def _description(recipe: str, model_args: Mapping[str, Any]) -> str:
 
 
 def _eval_results(evaluation: Evaluation | None, dataset: str | None, dataset_id: str | None) -> list[EvalResult]:
-    if evaluation is None or not evaluation.stored:
+    if evaluation is None or not evaluation.after_rounding:
         return []
-    name, dataset_type = dataset or 'unnamed', dataset_id or 'unnamed'
-    row = evaluation.row
+    row, images = evaluation.row, evaluation.protocol['data']['images']
     found = [
-        ('accuracy', 'Top-1 accuracy', row['top1'], name),
-        ('accuracy', 'Top-5 accuracy', row['top5'], name),
-        ('mce', 'Plain mCE', row['plain_mCE'], f'{name}, 15 corruptions'),
+        ('accuracy', 'Top-1 accuracy', row['top1']),
+        ('accuracy', 'Top-5 accuracy', row['top5']),
+        ('mce', 'Plain mCE', row['plain_mCE']),
     ]
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type=dataset_type,
-            dataset_name=dataset_name,
+            dataset_type=dataset_id or 'unnamed',
+            dataset_name=f'{dataset or "unnamed"}, {images:,} validation images',
             dataset_split='validation',
             metric_type=metric,
             metric_name=metric_name,
             metric_value=value,
         )
-        for metric, metric_name, value, dataset_name in found
+        for metric, metric_name, value in found
         if value != ''
     ]
 
 
 def _results(
-    name: str, reference: str, evaluation: Evaluation | None, rounding: Rounding | None, seed: int | None
+    name: str,
+    reference: str,
+    evaluation: Evaluation | None,
+    rounding: Rounding | None,
+    seed: int | None,
+    weights: str,
 ) -> list[str]:
     change = []
     if rounding is not None:
         change.append(
-            f'Rounding the weights changed the top-1 accuracy on {rounding.images:,} images from '
+            f'Storing the weights as {weights} changed the top-1 accuracy on {rounding.images:,} images from '
             f'{rounding.before:.3f} to {rounding.after:.3f} %.'
         )
     if evaluation is None:
         return [f'## Results\n{change[0]}'] if change else []
     row, baseline = evaluation.row, evaluation.baseline
     rows = [row] if baseline is None or baseline == row else [row, baseline]
-    labels = {mean: f'**{mean.replace("_", " ")}**' for mean in MEANS}
-    labels |= {f'CE_{name}': name.replace('_', ' ') for name in (*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS)}
+    labels = {measure: f'**{measure.replace("_", " ")}**' for measure in MEASURES}
+    labels |= {f'CE_{name}': display_name(name) for name in (*TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS)}
     labels = {measure: words for measure, words in labels.items() if row.get(measure, '') != ''}
     heads = [name, *(f'baseline: {other["model"]}' for other in rows[1:])]
     table = [f'| in %, with 95% intervals | {" | ".join(heads)} |', '| --- ' * (1 + len(rows)) + '|']
@@ -186,7 +190,7 @@ def _results(
         f'| {words} | {" | ".join(_with_interval(shown, measure) for shown in rows)} |'
         for measure, words in labels.items()
     ]
-    words = [f'- {mean.replace("_", " ")}: {MEANS[mean]}' for mean in labels if mean in MEANS]
+    words = [f'- {measure.replace("_", " ")}: {MEASURES[measure]}' for measure in labels if measure in MEASURES]
     return [
         f'## Results\n{_protocol_in_words(evaluation, seed)}',
         '\n'.join(table),
@@ -212,7 +216,7 @@ def _protocol_in_words(evaluation: Evaluation, seed: int | None) -> str:
     )
     severities = f' at severities {evaluation.row["severities"]}' if evaluation.row['severities'] else ''
     training_run = 'One training run' if seed is None else f'One training run, seed {seed}'
-    rounded = '' if evaluation.stored else ' The weights were measured before rounding.'
+    rounded = '' if evaluation.after_rounding else ' The weights were measured before rounding.'
     return (
         f'Top-1 accuracy {evaluation.row["top1"]:.3f} % on {data["images"]:,} images of {data["classes"]:,} classes; '
         f'corruptions {source}{severities}. {training_run}; the intervals come from resampling the images.{rounded}'
@@ -241,7 +245,7 @@ def _usage(name: str, reference: str, label_config: Mapping[str, Any]) -> str:
     if 'label_descriptions' in label_config:
         shown = shown.replace('(names)', "([model.pretrained_cfg['label_descriptions'][name] for name in names])")
     return f"""## Use
-With `pip install timm-pushpull`:
+Install timm-pushpull from its repository:
 
 ```python
 import timm
@@ -261,11 +265,11 @@ best = logits[0].topk(3).indices.tolist()
 `timm.create_model('local-dir:{name}', pretrained=True)`."""
 
 
-def _reproduction(name: str, departures: str) -> str:
+def _reproduction(name: str, overrides: str) -> str:
     packaged = ''
     if name in list_recipes():
         packaged = f' (`timm-pushpull recipes {name} --output {RECIPE}` writes the same recipe)'
-    options = f' {departures}' if departures else ''
+    options = f' {overrides}' if overrides else ''
     return f"""## Reproduce
 With timm's `train.py` and the `{RECIPE}` of this folder{packaged}:
 

@@ -15,7 +15,7 @@ from yaml import YAMLError
 from ..errors import InputError
 from ..fields import CHANNELS, COUNT, CROP_MODE, INTERPOLATION, POSITIVE, SIZE, TEXT, check_fields
 from ..layers.settings import is_settings
-from ..recipes import read_options
+from ..recipes import read_args_yaml
 from ..registry import CARD, CHECKSUM, CONFIG, RECIPE, read_hub_model
 from ..weights import WEIGHTS, file_sha256
 
@@ -57,7 +57,7 @@ def check_folder(folder: str | os.PathLike[str]) -> str:
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES:
             raise InputError(f'{path} may hold a pickle, which runs code when it is loaded: keep {WEIGHTS} only.')
-    read_options(folder / RECIPE)
+    read_args_yaml(folder / RECIPE)
     hub_model = read_hub_model(folder)
     sha256 = hub_model.sha256
     check_fields(folder / CONFIG, hub_model.pretrained_cfg, PRETRAINED_CFG, 'pretrained_cfg')
@@ -75,7 +75,7 @@ def check_folder(folder: str | os.PathLike[str]) -> str:
         raise InputError(f'{folder / CONFIG} names {len(labels)} classes, the model has {model.num_classes}.')
     _check_card(folder)
     if not (folder / WEIGHTS).exists():
-        return f'sound, without the weights of SHA-256 {sha256}'
+        return f'OK, without the weights of SHA-256 {sha256}'
     _check_weights(folder, sha256, model)
     try:
         config = resolve_data_config({}, model=model)
@@ -91,7 +91,7 @@ def check_folder(folder: str | os.PathLike[str]) -> str:
         )
     if not logits.isfinite().all():
         raise InputError(f'{folder / WEIGHTS} gives logits that are not finite.')
-    return f'sound: {model.num_classes} classes, SHA-256 {sha256}'
+    return f'OK: {model.num_classes} classes, SHA-256 {sha256}'
 
 
 def _check_weights(folder: Path, sha256: str, model: torch.nn.Module) -> None:

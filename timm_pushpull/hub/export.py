@@ -16,16 +16,16 @@ import yaml
 from timm.data import ImageNetInfo
 from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 
-from ..checkpoint import model_args_of, read_checkpoint, set_data_config
+from ..checkpoint import model_args_of, read_training_options, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
 from ..fields import TRAINING_OPTIONS, read_text
-from ..recipes import list_recipes, read_options, recipe_text
+from ..recipes import list_recipes, read_args_yaml, recipe_text
 from ..registry import CARD, CHECKSUM, CONFIG, HUB_ORG, PAPER, RECIPE, read_checksum
 from ..robustness.classes import check_labels
 from ..robustness.data import DatasetImages
 from ..robustness.evaluate import evaluate_robustness
-from ..robustness.inputs import refused_by_timm
+from ..robustness.inputs import as_input_error
 from ..robustness.protocol import hash_modules, hash_weights
 from ..robustness.store import read_classes, read_predictions, read_protocol
 from ..robustness.summary import baseline_of, read_baseline, summarize
@@ -76,7 +76,7 @@ def export_checkpoint(
             other weights.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    options = _read_options(checkpoint, name, use_ema)
+    options = _training_options(checkpoint, name, use_ema)
     model = _build(name, options, checkpoint.with_name(RECIPE))
     recipe = _known_recipe(name, output / name)
     if recipe is not None:
@@ -114,7 +114,7 @@ def export_checkpoint(
         (written / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner only
         sha256 = file_sha256(written / WEIGHTS)
         if read_checksum(folder) not in (None, sha256):
-            raise InputError(f'{folder} has other weights, and the weights of a tag never change: give another tag.')
+            raise InputError(f'{folder} has other weights, and the weights of a name never change: give another name.')
         (written / CHECKSUM).write_text(f'{sha256}  {WEIGHTS}\n', encoding='utf-8')
         recipe = recipe or yaml.safe_dump(_without_paths(options))
         (written / RECIPE).write_text(recipe, encoding='utf-8')
@@ -127,7 +127,7 @@ def export_checkpoint(
             model_args=model_args_of(options),
             weights=str(dtype).removeprefix('torch.') + ', running average (EMA) of the training' * use_ema,
             recipe=recipe,
-            departures=_departures(yaml.safe_load(recipe), options),
+            overrides=_overrides(yaml.safe_load(recipe), options),
             seed=options.get('seed'),
             label_config=label_config,
             org=org,
@@ -140,19 +140,19 @@ def export_checkpoint(
     return folder
 
 
-def _read_options(checkpoint: Path, name: str, use_ema: bool) -> dict[str, Any]:
+def _training_options(checkpoint: Path, name: str, use_ema: bool) -> dict[str, Any]:
     """Read the options of the run, which ``train.py`` writes beside its checkpoints."""
     if not checkpoint.is_file():
         raise InputError(f'checkpoint must be a file of train.py, {checkpoint} is not one.')
     path = checkpoint.with_name(RECIPE)
     if not path.is_file():
         raise InputError(f'{checkpoint} must be beside the {RECIPE} of its run, which train.py wrote; it is missing.')
-    options = read_options(path)
+    options = read_args_yaml(path)
     architecture, _, tag = name.partition('.')
     if not re.fullmatch(r'\w+', tag, re.ASCII) or not is_model(architecture):
         raise InputError(
-            'tag must be a network, a point, and letters, digits or underscores, such as pp_resnet18.pp3_in1k, '
-            f'got {name!r}.'
+            'name must be ARCHITECTURE.TAG: a network name, a dot, then letters, digits or underscores, such as '
+            f'pp_resnet18.pp3_in1k, got {name!r}.'
         )
     if options['model'].partition('.')[0] != architecture:
         raise InputError(
@@ -160,7 +160,7 @@ def _read_options(checkpoint: Path, name: str, use_ema: bool) -> dict[str, Any]:
         )
     # train.py writes the number of classes into the checkpoint's options after it has written the file.
     shared = TRAINING_OPTIONS.keys() - {'num_classes'}
-    for key, value in read_checkpoint(checkpoint, use_ema).items():
+    for key, value in read_training_options(checkpoint, use_ema).items():
         if key in shared and (yaml.safe_load(yaml.safe_dump(value)) or None) != (options.get(key) or None):
             raise InputError(f'{path} says {key}: {options.get(key)}, but its {checkpoint.name} says {value}.')
     return options
@@ -169,7 +169,7 @@ def _read_options(checkpoint: Path, name: str, use_ema: bool) -> dict[str, Any]:
 def _build(name: str, options: Mapping[str, Any], path: Path) -> Any:
     """Build the network as ``train.py`` does, with the preprocessing of its images in ``pretrained_cfg``."""
     architecture, _, tag = name.partition('.')
-    with refused_by_timm(str(path)):
+    with as_input_error(str(path)):
         model: Any = create_model(architecture, **model_args_of(options))
         set_data_config(model, options)
     reduction = model.feature_info[-1]['reduction']
@@ -185,7 +185,7 @@ def _known_recipe(name: str, folder: Path) -> str | None:
         return recipe_text(name, with_paths=False)
     if not (folder / RECIPE).is_file():
         return None
-    read_options(folder / RECIPE)
+    read_args_yaml(folder / RECIPE)
     return read_text(folder / RECIPE)
 
 
@@ -200,7 +200,7 @@ def _check_network(
         )
         where = f' in {path}' if path.is_file() else ''
         raise InputError(
-            f'The checkpoint has {of_run}, but the recipe {name} has {of_recipe}{where}: give another tag.'
+            f'The checkpoint has {of_run}, but the recipe {name} has {of_recipe}{where}: give another name.'
         )
 
 
@@ -275,7 +275,7 @@ def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _departures(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def _overrides(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """Write the options of ``train.py`` that turn the recipe into the run."""
     words = []
     for key, value in recipe.items():

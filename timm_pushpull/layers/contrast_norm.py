@@ -1,7 +1,7 @@
 """Global contrast normalization: every image gets mean 0 and standard deviation 1, so that light matters less.
 
-The loader subtracts a fixed mean from the images, so darkening an image is not a pure factor on what arrives here: a
-dark image of low contrast keeps a colour cast.
+The loader subtracted a fixed mean before, so a darker image is not just a scaled one: a dark image of low contrast
+keeps a colour cast.
 """
 
 import torch.nn as nn

@@ -39,13 +39,13 @@ class PushPullConv2d(nn.Conv2d):
         R = \operatorname{relu}(x * W) - \alpha \operatorname{relu}(\operatorname{avg}(x * K)) + b,
         \qquad K_o = \max(W_o) + \min(W_o) - W_o
 
-    The push kernel W keeps the name ``weight``, so the weights of a plain convolution load as they are. A trainable
-    alpha that a checkpoint lacks keeps its values. The state dict also holds the window, the pull kernel and a fixed
-    alpha (``settings``), and does not load into a layer with others.
+    The push kernel W keeps the name ``weight``, so the weights of a plain convolution load unchanged. If the
+    checkpoint has no alpha, a trainable alpha keeps its current values. The state dict also holds the window, the pull
+    kernel and a fixed alpha (``settings``), and does not load into a layer with others.
 
     The layer is an ``nn.Conv2d``, but not linear in its weight. Tools that fold something into the weight of a
     convolution (a BatchNorm that follows, an adapter) give other responses here. The tools of ``torch.fx`` and
-    ``torch.ao`` pass the layer by; a layer without a bias refuses the bias that ``fuse_conv_bn_eval`` would give it.
+    ``torch.ao`` skip the layer; a layer without a bias refuses the bias that ``fuse_conv_bn_eval`` would give it.
 
     Source: `PushPull-Net` - https://arxiv.org/abs/2408.04077
 
@@ -63,7 +63,8 @@ class PushPullConv2d(nn.Conv2d):
             averaging.
         alpha: Inhibition strength, a finite number. For a trainable alpha: its initial value, one number or one for
             each output channel (O,), or None to draw the values uniformly from [0, 1).
-        trainable_alpha: Make alpha a parameter of shape (O,). A fixed alpha is a number outside the state dict.
+        trainable_alpha: Make alpha a parameter of shape (O,). A fixed alpha is no
+            parameter; the state dict holds it in ``settings``.
         pull_kernel: ``'inverted'`` for the paper's K, ``'negated'`` for :math:`K_o = -W_o`.
         device: Device of the parameters.
         dtype: Data type of the parameters.

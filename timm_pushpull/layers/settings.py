@@ -64,7 +64,8 @@ def match_settings(state_dict: dict[str, Any], prefix: str, settings: Mapping[st
     """Compare the settings in a state dict with those of a module that loads it.
 
     Args:
-        state_dict: Weights by name. The settings of the module overwrite those in it, so that ours is the only error.
+        state_dict: Weights by name. The settings of the module overwrite those in it, so that torch reports no second
+            error.
         prefix: Prefix of the module's names.
         settings: Settings of the module; empty for a module without the buffer.
         errors: Gets a message if the settings differ.

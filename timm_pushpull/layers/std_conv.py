@@ -34,7 +34,13 @@ class PushPullStdConv2d(PushPullConv2d):
     def from_conv2d(cls, conv: Any, *args: Any, **kwargs: Any) -> 'PushPullStdConv2d':
         """Build a push-pull layer from timm's ``StdConv2d``, ``ScaledStdConv2d`` or their variants with SAME padding.
 
-        Arguments, result and errors are those of :meth:`PushPullConv2d.from_conv2d`.
+        Args:
+            conv: The convolution; the new layer shares its parameters.
+            *args: Settings of :meth:`PushPullConv2d.from_conv2d`.
+            **kwargs: Settings by name.
+
+        Returns:
+            The layer, with the parameters, hooks and training mode of ``conv``.
         """
         layer: Any = super().from_conv2d(conv, *args, **kwargs)
         layer.eps = conv.eps

@@ -45,7 +45,7 @@ def use_chunks(stem: Sequence[nn.Module], x: Tensor) -> bool:
         numbers = pool.kernel_size, pool.stride, pool.padding
         if pool.ceil_mode or pool.return_indices or pool.dilation != 1 or not all(isinstance(n, int) for n in numbers):
             return False
-    if any(module.training or _is_watched(module) for module in stem):
+    if any(module.training or _has_user_code(module) for module in stem):
         return False
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return False
@@ -53,7 +53,7 @@ def use_chunks(stem: Sequence[nn.Module], x: Tensor) -> bool:
     return use_fast(conv.implementation, x, conv.weight) and 4 * len(x) * values > CHUNK_BYTES
 
 
-def _is_watched(module: nn.Module) -> bool:
+def _has_user_code(module: nn.Module) -> bool:
     """Tell whether a call of the module does more than its class's ``forward`` and the contrast normalization."""
     ours = [normalize_contrast] if isinstance(module, PushPullConv2d) else []
     hooks = [hook for hook in module._forward_pre_hooks.values() if hook not in ours]

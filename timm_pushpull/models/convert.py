@@ -56,7 +56,7 @@ def convert_to_push_pull(
         if type(conv) not in UNITS:
             raise InputError(f'{name} cannot be converted: {path} is a {type(conv).__name__}, not an nn.Conv2d.')
         if 'forward' in vars(conv):
-            raise InputError(f'{name} cannot be converted: somebody replaced the forward of {path}; convert it first.')
+            raise InputError(f'{name} cannot be converted: the forward of {path} was patched; convert before patching.')
         layers[path] = UNITS[type(conv)].from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
     for path, layer in layers.items():
         model.set_submodule(path, layer)

@@ -1,7 +1,7 @@
 """What ``pretrained=True`` loads: weights of this package, or those of timm's plain network of the same name.
 
-No network here has ImageNet weights of its own. So each tag of timm's plain network is a tag of ours: its weights
-under a push-pull stem are a start for fine-tuning.
+No network here has ImageNet weights of its own. So each tag of timm's plain network is a tag of ours: timm's weights
+are the initial weights for fine-tuning.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ __all__ = [
     'locate_weights',
     'plain_cfgs',
     'restore_sources',
-    'start_of_unit',
-    'warn_of_start',
+    'initial_unit_state',
+    'warn_to_fine_tune',
     'weights_name',
 ]
 
 _logger = logging.getLogger('timm.models')
 
 HUB_MODELS = read_hub_models(hub_configs())
-START_ALPHA = 0.5  # of a unit over plain weights: the mean of the paper's random values, and the same in each call
+START_ALPHA = 0.5  # where timm's weights are loaded: the mean of the paper's random values, and the same in each call
 SOURCES = ('source', 'file', 'state_dict', 'custom_load')  # fields of a pretrained cfg that say where weights come from
 
 
@@ -107,8 +107,8 @@ def weights_name(model: Any) -> str:
     return f'{cfg["architecture"]}.{cfg["tag"]}' if cfg.get('tag') else cfg['architecture']
 
 
-def start_of_unit(unit: PushPullConv2d) -> dict[str, torch.Tensor]:
-    """Return the alpha that a unit has over the weights of a plain network, if it trains one.
+def initial_unit_state(unit: PushPullConv2d) -> dict[str, torch.Tensor]:
+    """Return the initial alpha of a unit that gets the weights of a plain network, if it trains one.
 
     Returns:
         ``alpha`` (O,): the initial alpha of the unit, 0.5 where none was given.
@@ -118,9 +118,9 @@ def start_of_unit(unit: PushPullConv2d) -> dict[str, torch.Tensor]:
     return {'alpha': torch.full_like(unit.alpha, START_ALPHA) if unit.initial_alpha is None else unit.alpha.detach()}
 
 
-def warn_of_start(name: str) -> None:
-    """Warn that weights of a plain network are no more than a start for a network with a push-pull unit."""
+def warn_to_fine_tune(name: str) -> None:
+    """Warn that a network with a push-pull unit must be fine-tuned after it gets the weights of a plain network."""
     _logger.warning(
-        f"{name}: these are timm's weights under a push-pull stem. Fine-tune the network before use; at the least, "
-        'timm_pushpull.update_stem_bn(model, images) measures the BatchNorm after the stem anew.'
+        f"{name}: timm's weights of the plain network in a network with a push-pull unit. Fine-tune the network before "
+        'use, or at least re-estimate the BatchNorm after the stem: timm_pushpull.update_stem_bn(model, images).'
     )

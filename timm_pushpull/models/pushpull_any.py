@@ -29,7 +29,7 @@ from ..layers.settings import SETTINGS, guard_settings, match_settings
 from ..ops.reference import PullKernel
 from .arguments import check_arguments
 from .convert import convert_to_push_pull, first_convs
-from .pretrained import locate_weights, plain_cfgs, restore_sources, start_of_unit, warn_of_start, weights_name
+from .pretrained import initial_unit_state, locate_weights, plain_cfgs, restore_sources, warn_to_fine_tune, weights_name
 
 __all__ = ['create_push_pull']
 
@@ -103,7 +103,7 @@ def create_push_pull(
         push_pull: False keeps the plain convolution, for a baseline.
         avg_pool_size: Side of the averaging window, an odd number of pixels of the unit's output, or 0.
         alpha: Inhibition strength, or the initial value of a trainable one; None draws it from [0, 1), or takes 0.5
-            over the weights of the base.
+            where the weights of the base are loaded.
         trainable_alpha: Train one alpha for each output channel.
         pull_kernel: 'inverted' or 'negated'.
         contrast_norm: Give each image mean 0 and standard deviation 1 before the first convolution.
@@ -152,8 +152,8 @@ def create_push_pull(
     model.pretrained_cfg['architecture'] = variant
     if push_pull and pretrained:
         if not any(saved_units):
-            warn_of_start(weights_name(model) if variant != 'pp_any' else base)
-            saved_units = [start_of_unit(layer) for layer in layers]
+            warn_to_fine_tune(weights_name(model) if variant != 'pp_any' else base)
+            saved_units = [initial_unit_state(layer) for layer in layers]
         for layer, saved in zip(layers, saved_units, strict=True):
             layer.load_state_dict({**layer.state_dict(), **saved})
     if contrast_norm:
@@ -207,6 +207,6 @@ for _network in NETWORKS:
 def pp_any(pretrained: bool = False, base: str = 'resnet50', **kwargs: Any) -> nn.Module:
     """Constructs a network of timm, its ``base``, with a push-pull unit as its first convolution.
 
-    It has a default, because programs create each network that ``timm.list_models`` names.
+    ``base`` has a default, because programs create each network that ``timm.list_models`` names.
     """
     return create_push_pull('pp_any', base, pretrained, **kwargs)

@@ -31,11 +31,11 @@ from .arguments import check_arguments
 from .original import rename_original
 from .pretrained import (
     HUB_MODELS,
+    initial_unit_state,
     locate_weights,
     plain_cfgs,
     restore_sources,
-    start_of_unit,
-    warn_of_start,
+    warn_to_fine_tune,
     weights_name,
 )
 
@@ -192,8 +192,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         for name, module in model.named_modules():
             plain = not {f'{name}.alpha', f'{name}.{SETTINGS}'} & state_dict.keys()
             if isinstance(module, PushPullConv2d) and plain:
-                state_dict |= {f'{name}.{key}': value for key, value in start_of_unit(module).items()}
-                warn_of_start(weights_name(model))
+                state_dict |= {f'{name}.{key}': value for key, value in initial_unit_state(module).items()}
+                warn_to_fine_tune(weights_name(model))
     names = model.state_dict().keys()
     optional = ('.alpha', '.num_batches_tracked')
     missing = [k for k in names - state_dict.keys() if not k.endswith(optional) and not is_settings(k)]

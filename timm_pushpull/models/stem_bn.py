@@ -1,4 +1,4 @@
-"""Measures the BatchNorm after a push-pull stem anew, for weights that were trained with a plain stem."""
+"""Re-estimates the BatchNorm after a push-pull stem, for weights that were trained with a plain stem."""
 
 import copy
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ __all__ = ['update_stem_bn']
 
 
 def update_stem_bn(model: nn.Module, images: Iterable[Any]) -> None:
-    """Measure mean and variance of the BatchNorm after the first convolution anew, by PyTorch's ``update_bn``.
+    """Re-estimate mean and variance of the BatchNorm after the first convolution, by PyTorch's ``update_bn``.
 
     A push-pull unit that replaces a pretrained convolution has other responses, and the BatchNorm after it still
     normalizes those of the convolution. Only the stem is run. The other layers and the modes stay as they are.

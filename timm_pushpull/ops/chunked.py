@@ -62,11 +62,11 @@ def push_pull_backward(
 
     Args:
         grad_output: Gradient of the response (N, O, H', W').
-        input: For this and all that follow, see :func:`push_pull`.
-        weight: Push kernels.
-        c: Offsets of the pull kernels.
-        alpha: Inhibition strength.
-        geometry: Stride, padding, dilation, groups and window.
+        input: Images or feature maps (N, C, H, W).
+        weight: Push kernels (O, C / groups, kh, kw).
+        c: Offsets of the pull kernels (O,), float64.
+        alpha: Inhibition strength (O,), of the data type of the arithmetic.
+        geometry: Stride, padding and dilation, two numbers each, groups and averaging window.
         needs_input: Compute the gradient of the input too.
 
     Returns:
@@ -114,7 +114,7 @@ def push_pull_backward(
 
 
 class Chunks:
-    """The responses P and Q of a batch, one chunk of images after the other; arguments as for :func:`push_pull`."""
+    """The responses P and Q of a batch, one chunk of images after the other, for the arguments of :func:`push_pull`."""
 
     def __init__(
         self,
@@ -143,9 +143,10 @@ class Chunks:
         self.inv_counts = 1 / _box(counts, self.window, torch.empty_like(counts), torch.empty_like(counts))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield for each chunk its place in the batch, its input, P and -n Q, n being the size of the window.
+        """Yield for each chunk its place in the batch, its input, P and -n Q for a window of n values.
 
-        All chunks share the memory of P and Q: new memory costs more than the arithmetic in it.
+        At the border n counts the values inside the map alone. All chunks share the memory of P and Q: new memory costs
+        more than the arithmetic in it.
         """
         bytes_of_image = len(self.kernels) * math.prod(self.size) * self.dtype.itemsize
         images = max(1, CHUNK_BYTES // max(bytes_of_image, 1))
@@ -163,7 +164,7 @@ class Chunks:
             yield place, x, push, pull
 
     def rectified(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield for each chunk its place, relu(P), -n relu(Q) and alpha / n, n being the size of the window."""
+        """Yield for each chunk its place, relu(P), -n relu(Q) and alpha / n for a window of n values."""
         strength = None
         for place, _, push, pull in self:
             if strength is None:

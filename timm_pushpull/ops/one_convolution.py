@@ -57,9 +57,9 @@ def operands(
         input: Images or feature maps (N, C, H, W).
         weight: Push kernels W (O, C / groups, kh, kw).
         alpha: Inhibition strength, one number or one for each output channel (O,).
-        stride: Stride, one number or those of rows and of columns.
-        padding: Padding, one number or two.
-        dilation: Dilation, one number or two.
+        stride: Stride, int or (rows, columns), in pixels.
+        padding: Zero padding on each side, int or (rows, columns), in pixels.
+        dilation: Spacing between kernel elements, int or (rows, columns), in pixels.
         groups: Number of groups of channels.
         avg_pool_size: Side of the averaging window, odd, or 0.
         pull_kernel: ``'inverted'`` or ``'negated'``.
@@ -91,7 +91,7 @@ def output_size(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[int]:
-    """Return the height and width that ``F.conv2d`` gives; each argument holds numbers of rows and of columns."""
+    """Return the height and width that ``F.conv2d`` gives; each argument is (rows, columns), in pixels."""
     lengths = zip(size, kernel_size, stride, padding, dilation, strict=True)
     return [(length + 2 * pad - step * (side - 1) - 1) // stride + 1 for length, side, stride, pad, step in lengths]
 

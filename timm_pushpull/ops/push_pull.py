@@ -54,9 +54,12 @@ def push_pull_conv2d(
         avg_pool_size: Side of the averaging window, an odd number of output pixels; 0 for no averaging.
         pull_kernel: ``'inverted'`` for K as above, the paper's; ``'negated'`` for :math:`K_o = -W_o`. With alpha 1 and
             no averaging the negated kernel gives the plain convolution.
-        implementation: ``'reference'`` computes the equation as it stands, ``'fast'`` the faster version of the device,
-            ``'one_convolution'`` the arithmetic of the faster versions in steps of PyTorch, for ``torch.compile`` on a
-            GPU without Triton's kernels, and ``'auto'`` the faster version where :func:`use_fast` allows it.
+        implementation:
+            - ``'reference'``: the equation as written;
+            - ``'fast'``: the faster version of the device;
+            - ``'one_convolution'``: the arithmetic of the faster versions in PyTorch operations, for ``torch.compile``
+              on a GPU without Triton's kernels;
+            - ``'auto'``: ``'fast'`` where :func:`use_fast` allows it, otherwise ``'reference'``.
 
     Returns:
         Response R (N, O, H', W'), of the spatial size and data type that ``F.conv2d`` gives. R may be negative.
@@ -100,9 +103,11 @@ def use_fast(implementation: Implementation, input: Tensor, weight: Tensor) -> b
         weight: Push kernels.
 
     Returns:
-        For ``'auto'``: True for batches on a CPU, eager or compiled; False where a program is traced or exported, where
-        ``vmap`` or forward derivatives need each step of the equation, and on a GPU, whose kernels
-        (:mod:`timm_pushpull.ops.triton`) have not run on a GPU yet.
+        For ``'auto'``:
+        - True for batches on a CPU, eager or compiled;
+        - False where a program is traced or exported;
+        - False under ``vmap`` and forward-mode AD, which need each step of the equation;
+        - False on a GPU, whose kernels (:mod:`timm_pushpull.ops.triton`) have not run on a GPU yet.
 
     Raises:
         ValueError: If there is no such implementation.

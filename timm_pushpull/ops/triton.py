@@ -49,8 +49,8 @@ def push_pull(
         Response (N, O, H', W').
     """
     with torch.autocast('cuda', enabled=False):
-        responses = _Forward(input, weight, c, alpha, geometry, dtype)
-        output = torch.empty_like(responses.push, dtype=dtype)
+        responses = _Responses(input, weight, c, alpha, geometry, dtype)
+        output = torch.empty_like(responses.centred, dtype=dtype)
         responses.launch(_combine, output)
         return output
 
@@ -68,20 +68,20 @@ def push_pull_backward(
 
     Args:
         grad_output: Gradient of the response (N, O, H', W').
-        input: For this and all that follow, see :func:`push_pull`.
-        weight: Push kernels.
-        c: Offsets of the pull kernels.
-        alpha: Inhibition strength.
-        geometry: Stride, padding, dilation, groups and window.
+        input: Images or feature maps (N, C, H, W).
+        weight: Push kernels (O, C / groups, kh, kw).
+        c: Offsets of the pull kernels (O,), float64.
+        alpha: Inhibition strength (O,), of the data type of the arithmetic.
+        geometry: Stride, padding and dilation, two numbers each, groups and averaging window.
         needs_input: Compute the gradient of the input too.
 
     Returns:
         Gradients of input (empty where it is not needed), weight, c and alpha.
     """
     with torch.autocast('cuda', enabled=False):
-        responses = _Forward(input, weight, c, alpha, geometry, grad_output.dtype)
+        responses = _Responses(input, weight, c, alpha, geometry, grad_output.dtype)
         grad_output = grad_output.contiguous(memory_format=responses.memory_format)
-        grad_pull, grad_push = torch.empty_like(responses.push), torch.empty_like(responses.push)
+        grad_pull, grad_push = torch.empty_like(responses.centred), torch.empty_like(responses.centred)
         partial = alpha.new_empty(2, responses.blocks, len(alpha))
         responses.launch(_backward_pull, grad_output, grad_pull, *partial)
         responses.launch(_backward_push, grad_output, grad_pull, grad_push)
@@ -110,8 +110,8 @@ def push_pull_backward(
         return grad_input, grad_weight.to(weight.dtype), (grad_c * alpha).to(c.dtype), grad_alpha
 
 
-class _Forward:
-    """What the forward and the backward pass need: the response of the push kernel, and S."""
+class _Responses:
+    """What the forward and the backward pass need: the convolution with W - m, and S."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class _Forward:
         push = F.conv2d(input.to(self.kernels.dtype), self.kernels, **self.conv)
         self.memory_format = memory_format_of(push)
         channels_last = self.memory_format == torch.channels_last
-        self.push = push.contiguous(memory_format=self.memory_format)
+        self.centred = push.contiguous(memory_format=self.memory_format)
 
         height, width = push.shape[2:]
         channels = len(weight) // self.groups
@@ -154,12 +154,12 @@ class _Forward:
 
     def launch(self, kernel: Any, *tensors: Tensor) -> None:
         """Launch a kernel on the whole response."""
-        _, channels, height, width = self.push.shape
+        _, channels, height, width = self.centred.shape
         strides = (1, channels) if self.memory_format == torch.channels_last else (height * width, 1)
         in_group = channels // self.groups
-        if self.push.numel():
+        if self.centred.numel():
             kernel[self.blocks, self.groups * triton.cdiv(in_group, self.channels)](
-                *(self.push, self.sums, self.mean, self.c_less_mean, self.alpha, *tensors),
+                *(self.centred, self.sums, self.mean, self.c_less_mean, self.alpha, *tensors),
                 *(height, width, self.groups, in_group, *strides),
                 WINDOW=self.window,
                 PIXELS=self.pixels,

@@ -14,39 +14,39 @@ from ..errors import InputError
 __all__ = ['adapted_batch_norm', 'adapted_name', 'check_adaptation']
 
 
-def adapted_name(name: str, source_weight: int) -> str:
-    """Name the adapted model beside the model as it is.
+def adapted_name(name: str, source_images: int) -> str:
+    """Name the adapted model.
 
     Args:
         name: Name of a model, or ``MODEL@RUN``.
-        source_weight: N of :func:`adapted_batch_norm`.
+        source_images: N of :func:`adapted_batch_norm`.
 
     Returns:
         ``MODEL+bnN``, or ``MODEL+bnN@RUN``.
     """
     model, at, run = name.rpartition('@')
-    return f'{model}+bn{source_weight}@{run}' if at and model else f'{name}+bn{source_weight}'
+    return f'{model}+bn{source_images}@{run}' if at and model else f'{name}+bn{source_images}'
 
 
-def check_adaptation(name: str, model: nn.Module, source_weight: int) -> None:
+def check_adaptation(name: str, model: nn.Module, source_images: int) -> None:
     """Refuse a model that has nothing to adapt.
 
     Args:
         name: Name of the model.
         model: The model.
-        source_weight: N of :func:`adapted_batch_norm`.
+        source_images: N of :func:`adapted_batch_norm`.
 
     Raises:
         ValueError: If N is negative or no whole number, or if the model has no BatchNorm with running statistics.
     """
-    if isinstance(source_weight, bool) or not isinstance(source_weight, int) or source_weight < 0:
-        raise InputError(f'adapt_batch_norm must be a whole number, 0 or more, got {source_weight!r}.')
+    if isinstance(source_images, bool) or not isinstance(source_images, int) or source_images < 0:
+        raise InputError(f'adapt_batch_norm must be a whole number, 0 or more, got {source_images!r}.')
     if not _batch_norms(model):
         raise InputError(f'adapt_batch_norm needs a BatchNorm, {name} has none.')
 
 
 @contextlib.contextmanager
-def adapted_batch_norm(model: nn.Module, source_weight: int) -> Iterator[None]:
+def adapted_batch_norm(model: nn.Module, source_images: int) -> Iterator[None]:
     r"""Blend the statistics of each BatchNorm with those of the n images of the batch that it normalizes.
 
     .. math::
@@ -60,7 +60,7 @@ def adapted_batch_norm(model: nn.Module, source_weight: int) -> Iterator[None]:
 
     Args:
         model: Model in evaluation mode.
-        source_weight: N, the number of images for which the running statistics count; 0 for the batch alone.
+        source_images: N, the weight of the running statistics, in images; 0 for the batch alone.
 
     Returns:
         Context manager, in which the model adapts.
@@ -72,7 +72,7 @@ def adapted_batch_norm(model: nn.Module, source_weight: int) -> Iterator[None]:
         before[norm] = norm.running_mean, norm.running_var
         if features.numel() > features.shape[1]:  # one value for each channel has no variance
             norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
-            share = len(features) / (source_weight + len(features))
+            share = len(features) / (source_images + len(features))
             F.batch_norm(features, norm.running_mean, norm.running_var, training=True, momentum=share)
 
     def restore(norm: Any, *_: Any) -> None:

@@ -19,7 +19,7 @@ __all__ = [
     'DatasetImages',
     'StoredArrays',
     'StoredFolders',
-    'UnreadableImage',
+    'UnreadableImageError',
     'open_stored',
     'stored_corruptions',
     'stratified_indices',
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-class UnreadableImage(InputError):
+class UnreadableImageError(InputError):
     """An image file that is missing, truncated or not an image; the message names it."""
 
 
@@ -77,7 +77,7 @@ class DatasetImages:
             RGB image.
 
         Raises:
-            UnreadableImage: If the image cannot be read.
+            UnreadableImageError: If the image cannot be read.
         """
         if self._reader is None:
             return _decode(lambda: to_rgb(self._dataset[index][0]), self.names[index])
@@ -186,7 +186,7 @@ class StoredFolders:
             RGB image.
 
         Raises:
-            UnreadableImage: If the image cannot be read.
+            UnreadableImageError: If the image cannot be read.
         """
         path = self._folders[corruption, severity] / self.names[index]
         return _decode(lambda: _load(open(path, 'rb')), str(path))
@@ -368,4 +368,4 @@ def _decode(load: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
         return load()
     except Exception as error:  # decoders raise many kinds of errors
-        raise UnreadableImage(f'{name} cannot be read: {str(error).rstrip(".")}.') from None
+        raise UnreadableImageError(f'{name} cannot be read: {str(error).rstrip(".")}.') from None

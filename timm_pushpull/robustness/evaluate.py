@@ -53,7 +53,7 @@ __all__ = ['evaluate_robustness']
 
 _logger = logging.getLogger(__name__)
 EXAMPLES = 3  # images kept for the report
-ORDER_SEED = 0  # of the batches by which a BatchNorm adapts: those of a folder would hold one class each
+ORDER_SEED = 0  # shuffles the images for adapt_batch_norm: in folder order a batch holds one class
 
 
 def evaluate_robustness(
@@ -102,13 +102,13 @@ def evaluate_robustness(
         severities: Severities, 1 to 5.
         limit: Number of images of each set, spread over the classes, or the first of a stream; None for all.
         seed: Seed of generated corruptions.
-        valid_labels: File with the index of the logit of each class, as ``validate.py`` takes it; None to find the
+        valid_labels: File with the logit index of each image class, as ``validate.py`` takes it; None to find the
             classes by their names.
         real_labels: File of ImageNet-ReaL labels, as ``validate.py`` takes it, in place of the labels of the images.
             Images without a right class are left out.
         baseline: Baseline of relative mCE and R_net, see :func:`~timm_pushpull.robustness.summary.baseline_of`.
-        adapt_batch_norm: Measure each model twice: as it is, and as ``MODEL+bnN`` with the BatchNorm statistics of each
-            batch blended with those of the training, which count for N images; see
+        adapt_batch_norm: Measure each model twice: unchanged, and as ``MODEL+bnN`` with its running BatchNorm
+            statistics blended with those of each batch. N: weight of the running statistics, in images; see
             :func:`~timm_pushpull.robustness.adaptation.adapted_batch_norm`. The batches then hold the images in an
             order drawn once, and their size is a part of the protocol.
         skip_unreadable: Leave out and count unreadable images, instead of stopping at the first.
@@ -163,16 +163,16 @@ def evaluate_robustness(
     if missing := [name for name in models if name not in data_configs]:
         raise InputError(f'data_configs must have an entry for each model, {", ".join(missing)} has none.')
     data_configs = {name: data_configs[name] for name in models}
-    source_weight, adapted = adapt_batch_norm or 0, {}
+    source_images, adapted = adapt_batch_norm or 0, {}
     if adapt_batch_norm is not None:
         for name, model in models.items():
-            check_adaptation(name, model, source_weight)
-            twin = adapted_name(name, source_weight)
+            check_adaptation(name, model, source_images)
+            twin = adapted_name(name, source_images)
             if twin in models:
-                raise InputError(f'models must not have the label {twin}: adapt_batch_norm gives it.')
+                raise InputError(f'models must not have the label {twin}: rename it, adapt_batch_norm adds that name.')
             adapted[twin], data_configs[twin] = name, data_configs[name]
     device = torch.device(device)
-    run = _Run(models, data_configs, adapted, source_weight, device, batch_size, workers, amp_dtype, progress)
+    run = _Run(models, data_configs, adapted, source_images, device, batch_size, workers, amp_dtype, progress)
     if clean is not None:
         passes = [(CLEAN, 0), *passes]
     views = Views(clean, stored, seed, data_configs, skip_unreadable)
@@ -219,9 +219,9 @@ class _Run(NamedTuple):
     models: Mapping[str, nn.Module]
     data_configs: Mapping[str, Mapping[str, Any]]
     adapted: Mapping[str, str]
-    """Model in ``models`` by the name that it has where its BatchNorm adapts."""
-    source_weight: int
-    """Number of images for which the running statistics then count."""
+    """Maps ``MODEL+bnN`` to ``MODEL``."""
+    source_images: int
+    """Weight of the running statistics then, in images."""
     device: torch.device
     batch_size: int
     workers: int
@@ -240,7 +240,7 @@ class _Images(NamedTuple):
     right: list[list[int]]
     """Right classes of each image in ``views``."""
     valid_labels: dict[str, list[int] | None]
-    """For each model the index of the logit of each class, None for all logits."""
+    """For each model the logit index per image class, None for all logits."""
     notes: list[str]
     protocol: dict[str, Any]
 
@@ -270,7 +270,7 @@ def _prepare(
     indices = [labeled[place] for place in stratified_indices([images.targets[index] for index in labeled], limit)]
     described = describe_models(run.models, run.data_configs, labels_of, run.amp_dtype, run.device)
     batch_size = min(run.batch_size, len(indices))
-    adaptation = {'source_images': run.source_weight, 'batch_size': batch_size, 'order_seed': ORDER_SEED}
+    adaptation = {'source_images': run.source_images, 'batch_size': batch_size, 'order_seed': ORDER_SEED}
     for twin, name in run.adapted.items():
         labels_of[twin] = labels_of[name]
         described[twin] = {**described[name], 'adapt_batch_norm': adaptation}
@@ -409,7 +409,7 @@ def _run_model(run: _Run, name: str, pixels: torch.Tensor, readable: torch.Tenso
     model, data_config = run.models[run.adapted.get(name, name)], run.data_configs[name]
     if name not in run.adapted or not readable.any():
         return _logits(model, pixels, data_config, run.amp_dtype)
-    with adapted_batch_norm(model, run.source_weight):  # not to black images in place of those that cannot be read
+    with adapted_batch_norm(model, run.source_images):  # not to black images in place of those that cannot be read
         of_readable = _logits(model, pixels[readable], data_config, run.amp_dtype)
     logits = of_readable.new_zeros(len(pixels), of_readable.shape[1])
     logits[readable] = of_readable

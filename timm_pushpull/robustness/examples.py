@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from timm.data import ImageNetInfo
 
-from .metrics import CLEAN, KINDS, words_of
+from .metrics import CLEAN, KINDS, display_name
 from .store import UNREADABLE, Predictions, find_examples, read_classes, read_images
 
 __all__ = ['ExampleImage', 'ModelPrediction', 'View', 'read_examples']
@@ -65,7 +65,7 @@ def read_examples(folder: str | os.PathLike[str], predictions: Predictions) -> l
                 prediction = int(array['prediction'][row])
                 correct = bool(array['rank'][row] == 0)
                 found.append(ModelPrediction(model, classes[prediction] or str(prediction), correct))
-        title = f'{words_of(corruption)} {severity}' if severity else words_of(corruption)
+        title = f'{display_name(corruption)} {severity}' if severity else display_name(corruption)
         examples.setdefault(row, ExampleImage(name, label, [])).views.append(View(title, path, found))
     return list(examples.values())
 

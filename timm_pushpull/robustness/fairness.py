@@ -1,8 +1,8 @@
-"""What makes a comparison unfair by the rules of the test: corruptions in the training, and clean images cropped apart.
+"""What makes a comparison unfair by the rules of the test: corruptions in the training, and images cropped differently.
 
 Networks for ImageNet-C must not be trained on its corruptions. A training says which operations it had where its
 checkpoint has the options of timm's ``train.py``, or an ``args.yaml`` lies beside it: the field ``augmentation`` of a
-model in ``protocol.json``. Of other trainings nothing is known, and nothing is said.
+model in ``protocol.json``. For other weights there is no warning, because their training is unknown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 from timm.data import create_transform
 
 from .classes import list_some
-from .metrics import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS, words_of
+from .metrics import HELD_OUT_CORRUPTIONS, TEST_CORRUPTIONS, display_name
 from .summary import corruptions_of
 
 __all__ = ['training_operations', 'unfair_comparisons']
@@ -86,8 +86,8 @@ def unfair_comparisons(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, 
             recipes.setdefault(overlaps, []).append(name)
         crops.setdefault(details['crop_pct'], []).append(name)
     sentences = [
-        f'{list_some(names)}: the training had operations that overlap corruptions of the test, {overlaps}. Where they '
-        'do, models trained without them are at a disadvantage.'
+        f'{list_some(names)}: the training had operations that overlap corruptions of the test, {overlaps}. This '
+        'favours them over models trained without these operations.'
         for overlaps, names in recipes.items()
     ]
     stored = protocol['corruptions'].get('stored_as')
@@ -97,7 +97,7 @@ def unfair_comparisons(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, 
     words = 'are whole' if kept == 1 else f'were cropped to {kept} when they were made, as ImageNet-C was'
     return sentences + [
         f'{list_some(names)}: clean images are cropped to {crop} of their short side, the stored corruptions {words}. '
-        f'--crop-pct {kept:g} crops the clean images alike.'
+        f'--crop-pct {kept:g} crops the clean images the same way.'
         for crop, names in crops.items()
         if crop != kept
     ]
@@ -106,7 +106,7 @@ def unfair_comparisons(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, 
 def _overlaps(augmentation: Mapping[str, Any], test: set[str]) -> str:
     words = []
     for operation in training_operations(augmentation) if augmentation else []:
-        found = [words_of(name) for name in OVERLAPS.get(operation, ()) if name in test]
+        found = [display_name(name) for name in OVERLAPS.get(operation, ()) if name in test]
         if found:
             words.append(f'{operation} ({", ".join(found)})')
         elif operation not in OVERLAPS:

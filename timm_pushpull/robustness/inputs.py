@@ -10,14 +10,14 @@ from typing import Any
 from timm.data import create_dataset
 from timm.models import create_model, load_checkpoint
 
-from ..checkpoint import augmentation_of, model_args_of, read_checkpoint, set_data_config
+from ..checkpoint import augmentation_of, model_args_of, read_training_options, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
 from ..fields import TRAINING_OPTIONS, check_fields, read_mapping
 from ..layers.push_pull import PushPullConv2d
 from .classes import check_not_training
 
-__all__ = ['load_model', 'load_models', 'open_dataset', 'refused_by_timm']
+__all__ = ['load_model', 'load_models', 'open_dataset', 'as_input_error']
 
 
 def open_dataset(
@@ -44,7 +44,7 @@ def open_dataset(
     if not name and (root is None or not os.path.exists(root)):
         raise InputError(f'data_dir must be a folder of images, {root} is not one.')
     options: dict[str, Any] = dict(root=root, split=split, class_map=find_class_map(class_map, root or ''))
-    with refused_by_timm(f'{name or "images"} in {root}'):
+    with as_input_error(f'{name or "images"} in {root}'):
         dataset: Any = create_dataset(name, **options)
     if root is not None and not name and dataset.reader.root == root:
         if split != 'validation':
@@ -114,13 +114,13 @@ def load_model(
     """
     options: dict[str, Any] = {}
     if checkpoint is not None:
-        options = _options_of(name, checkpoint, read_checkpoint(checkpoint, use_ema), 'args')
+        options = _check_training_options(name, checkpoint, read_training_options(checkpoint, use_ema), 'args')
         beside = Path(checkpoint).with_name('args.yaml')
-        recipe = options or (_options_of(name, beside, read_mapping(beside)) if beside.is_file() else {})
+        recipe = options or (_check_training_options(name, beside, read_mapping(beside)) if beside.is_file() else {})
     if num_classes is not None:
         model_kwargs['num_classes'] = num_classes
     source = f'{name} with {checkpoint}'
-    with refused_by_timm(source if options else name):
+    with as_input_error(source if options else name):
         model: Any = create_model(name, pretrained=checkpoint is None, **{**model_args_of(options), **model_kwargs})
         if options:
             set_data_config(model, options)
@@ -128,7 +128,7 @@ def load_model(
         return model
     model.training_augmentation = augmentation_of(recipe)
     drawn = _erase_drawn_alpha(model)
-    with refused_by_timm(source):
+    with as_input_error(source):
         load_checkpoint(model, os.fspath(checkpoint), use_ema)
     if any(alpha.isnan().any() for alpha in drawn):
         raise InputError(
@@ -139,7 +139,9 @@ def load_model(
     return model
 
 
-def _options_of(name: str, path: str | os.PathLike[str], options: dict[str, Any], within: str = '') -> dict[str, Any]:
+def _check_training_options(
+    name: str, path: str | os.PathLike[str], options: dict[str, Any], within: str = ''
+) -> dict[str, Any]:
     """Check the options of a training in a file; return none if they are those of another network."""
     if str(options.get('model')).partition('.')[0] != name.partition('.')[0]:
         return {}
@@ -157,7 +159,7 @@ def _erase_drawn_alpha(model: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def refused_by_timm(subject: str) -> Iterator[None]:
+def as_input_error(subject: str) -> Iterator[None]:
     """Turn an error by which timm refuses an argument into a ``ValueError``.
 
     Args:

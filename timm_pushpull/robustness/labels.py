@@ -1,4 +1,4 @@
-"""Labels of images where they are not the classes of a model: part of its classes, and ImageNet's reassessed labels."""
+"""Maps image classes to logits of models with more classes, and reads ImageNet-ReaL labels."""
 
 import json
 import os
@@ -16,10 +16,10 @@ __all__ = ['ModelClasses', 'find_model_classes', 'find_right_classes', 'read_rea
 
 
 class ModelClasses(NamedTuple):
-    """What a model predicts among."""
+    """The classes among which a model predicts."""
 
     valid_labels: list[int] | None
-    """Index of the logit of each class of the images; None if the logits are those of the classes."""
+    """Logit index per image class; None if the logits are those of the classes."""
     note: str
     """What is special about the classes, in a sentence, or ''."""
 

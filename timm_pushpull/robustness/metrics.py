@@ -1,8 +1,8 @@
 """Corruptions, and metrics of robustness computed from top-1 errors by corruption and severity.
 
 `Benchmarking Neural Network Robustness to Common Corruptions and Perturbations` (https://arxiv.org/abs/1903.12261) and
-`PushPull-Net` (https://arxiv.org/abs/2408.04077) report different means under the name mCE. Here each mean has its own
-name, see ``MEANS``.
+`PushPull-Net` (https://arxiv.org/abs/2408.04077) report different means under the name mCE. Here each measure has its
+own name, see ``MEASURES``.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ __all__ = [
     'COMPARISONS',
     'HELD_OUT_CORRUPTIONS',
     'KINDS',
-    'MEANS',
+    'MEASURES',
     'SEVERITIES',
     'TEST_CORRUPTIONS',
     'corruption_error',
@@ -25,7 +25,7 @@ __all__ = [
     'normalized_mce',
     'plain_mce',
     'relative_mce',
-    'words_of',
+    'display_name',
 ]
 
 # Top-1 corruption errors of AlexNet on ImageNet-C: the divisors in Hendrycks and Dietterich's mCE.
@@ -57,7 +57,7 @@ KINDS = {
 }
 CLEAN = 'clean'  # in the place of a corruption, with severity 0
 SEVERITIES = (1, 2, 3, 4, 5)
-MEANS = {
+MEASURES = {
     'E': 'top-1 error on clean images, %',
     'plain_mCE': 'plain mean of the top-1 errors over 15 corruptions, %: the mCE of the push-pull paper',
     'alexnet_normalized_mCE': "mean of each corruption's error over AlexNet's, %: the mCE of most other papers",
@@ -69,7 +69,7 @@ MEANS = {
     # https://github.com/facebookresearch/augmentation-corruption).
     'other_mCE': 'plain mean of the top-1 errors over the corruptions that ImageNet-C lacks, %',
 }
-COMPARISONS = ('relative_mCE', 'R_net')  # the means that need a baseline
+COMPARISONS = ('relative_mCE', 'R_net')  # the measures that need a baseline
 
 
 def corruption_error(errors: Mapping[int, float]) -> float:
@@ -170,7 +170,7 @@ def relative_mce(
 
 
 def net_error_reduction(clean_error: float, mce: float, baseline_clean_error: float, baseline_mce: float) -> float:
-    """Compute R_net, the net reduction in error: the gain on corrupted images less the loss on clean images.
+    """Compute R_net, the net reduction in error: the gain on corrupted images minus the loss on clean images.
 
     ``100 * ((mCE_b - mCE) + (E_b - E)) / (2 * E_b)`` for a baseline b. The paper prints no formula; this formula
     reproduces its table.
@@ -187,7 +187,7 @@ def net_error_reduction(clean_error: float, mce: float, baseline_clean_error: fl
     return 100 * ((baseline_mce - mce) + (baseline_clean_error - clean_error)) / (2 * baseline_clean_error)
 
 
-def words_of(corruption: str) -> str:
+def display_name(corruption: str) -> str:
     """Return the name of a corruption as figures and tables show it.
 
     Args:

@@ -8,9 +8,9 @@ from typing import Any
 
 from .calibration import CALIBRATION
 from .examples import ExampleImage
-from .metrics import COMPARISONS, KINDS, MEANS, words_of
-from .paired import CAVEAT, tell_apart, tenths, thousandths, verdict
-from .runs import MEASURES
+from .metrics import COMPARISONS, KINDS, MEASURES, display_name
+from .paired import CAVEAT, comparison_sentence, significance, tenths, thousandths
+from .runs import RUN_MEASURES
 from .shifts import SHIFT_MEASURES
 from .summary import baseline_row, columns_of, corruptions_of, not_compared, view_differences
 
@@ -207,7 +207,7 @@ def _with_interval(row: Mapping[str, Any], measure: str) -> str:
 
 
 def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of E and the means.
+    """Return the table of the measures.
 
     Args:
         rows: Rows of a summary.
@@ -215,11 +215,11 @@ def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         HTML.
     """
-    return table(rows, ['model'], list(MEANS))
+    return table(rows, ['model'], list(MEASURES))
 
 
 def measure_notes(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what limits the measures and their comparison, and the definition of each mean.
+    """Return what limits the measures and their comparison, and the definition of each measure.
 
     Args:
         rows: Rows of a summary.
@@ -236,7 +236,7 @@ def measure_notes(rows: Sequence[Mapping[str, Any]]) -> str:
         notes.append(f'Baseline: {html.escape(baseline)}. {html.escape(not_compared(rows))}'.rstrip())
     if unreadable := sum(row['unreadable'] for row in rows):
         notes.append(f'{unreadable} predictions are missing: their images could not be read.')
-    return f'<p>{" ".join(notes)}</p>{_definitions(rows, MEANS)}'
+    return f'<p>{" ".join(notes)}</p>{_definitions(rows, MEASURES)}'
 
 
 def shifts_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -285,11 +285,11 @@ def runs_table(means: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
     """
     # Comparisons with a single run of the baseline would depend on the luck of that run.
     comparisons = COMPARISONS if baseline_row(rows) is None else ()
-    note = f'{RUNS_NOTE} Of a kind of corruption: mean CE.'
+    note = f'{RUNS_NOTE} Columns noise, blur, ...: mean CE.'
     if any(row['R_net'] != '' for row in means) and comparisons:
         baseline = html.escape(rows[0]['baseline'])
         note += f' Relative mCE and R net compare each run with the run of {baseline} with the same text after the @.'
-    return f'{table(means, ["model", "runs"], [*MEASURES, *comparisons])}<p>{note}</p>'
+    return f'{table(means, ["model", "runs"], [*RUN_MEASURES, *comparisons])}<p>{note}</p>'
 
 
 INTERVAL_NOTE = (
@@ -303,17 +303,17 @@ def baseline_differences(differences: Sequence[Mapping[str, Any]], baseline: str
     """Return the table of differences from the baseline.
 
     Args:
-        differences: What :func:`~timm_pushpull.robustness.runs.less_baseline` returns.
+        differences: What :func:`~timm_pushpull.robustness.runs.differences_from_baseline` returns.
         baseline: Name of the baseline.
 
     Returns:
         HTML.
     """
     note = (
-        f'Points: the mean over the training runs of a model less the mean over those of {html.escape(baseline)}. '
+        f'Points: the mean over the training runs of a model minus the mean over those of {html.escape(baseline)}. '
         f'Models with a single run are left out. {INTERVAL_NOTE}'
     )
-    return f'{table(differences, ["model", "runs", "of baseline"], MEASURES)}<p>{note}</p>'
+    return f'{table(differences, ["model", "runs", "baseline runs"], RUN_MEASURES)}<p>{note}</p>'
 
 
 def pair_differences(differences: Sequence[Mapping[str, Any]]) -> str:
@@ -321,20 +321,20 @@ def pair_differences(differences: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         differences: What :func:`~timm_pushpull.robustness.runs.difference_of_means` returns for each pair, with its
-            names as ``pair`` and its numbers of training runs as ``runs of both``.
+            names as ``pair`` and its numbers of training runs as ``runs (from, to)``.
 
     Returns:
         HTML.
     """
     note = (
-        'Points: the mean over the training runs of the second model less the mean over those of the first. A single '
+        'Points: the mean over the training runs of the second model minus the mean over those of the first. A single '
         f'run has no such interval. {INTERVAL_NOTE}'
     )
-    return f'{table(differences, ["pair", "runs of both"], MEASURES)}<p>{note}</p>'
+    return f'{table(differences, ["pair", "runs (from, to)"], RUN_MEASURES)}<p>{note}</p>'
 
 
 def checkpoint_differences(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the verdict on each pair of checkpoints, and the table of their differences with one line a measure.
+    """Return a sentence on each pair of checkpoints, and the table of their differences with one line a measure.
 
     Args:
         rows: What :func:`~timm_pushpull.robustness.paired.paired_differences` returns.
@@ -342,29 +342,31 @@ def checkpoint_differences(rows: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         HTML.
     """
-    verdicts = ''.join(f'<p>{html.escape(sentence)}</p>' for row in rows if (sentence := verdict(row)))
-    head = ''.join(f'<th>{html.escape(row["to"])} less {html.escape(row["from"])}</th>' for row in rows)
+    sentences = ''.join(f'<p>{html.escape(sentence)}</p>' for row in rows if (sentence := comparison_sentence(row)))
+    head = ''.join(f'<th>{html.escape(row["to"])} minus {html.escape(row["from"])}</th>' for row in rows)
     lines = [f'<tr><th>points</th>{head}</tr>']
     errors = [f'CE_{name}' for name in corruptions_of(rows)]
-    for measure in (*MEASURES, *errors):
+    for measure in (*RUN_MEASURES, *errors):
         cells = [_with_interval(row, measure) for row in rows]
-        if any(tell_apart(row, measure) for row in rows):
-            bold = (tell_apart(row, measure) in ('lower', 'higher') for row in rows)
+        if any(significance(row, measure) for row in rows):
+            bold = (significance(row, measure) in ('lower', 'higher') for row in rows)
             cells = [f'<b>{cell}</b>' if is_bold else cell for cell, is_bold in zip(cells, bold, strict=True)]
-            lines.append(f'<tr>{"".join(f"<td>{cell}</td>" for cell in (_measure_words(measure), *cells))}</tr>')
+            lines.append(
+                f'<tr>{"".join(f"<td>{cell}</td>" for cell in (_display_name_of_measure(measure), *cells))}</tr>'
+            )
     note = (
         'The interval spans the middle 95% of the differences over 1,000 resamples of the images, which both models '
         'share. Bold: the interval excludes 0. About one interval in 20 misses the difference that more images would '
         f'give. {CAVEAT}'
     )
-    return f'{verdicts}<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
+    return f'{sentences}<div class="wide"><table>{"".join(lines)}</table></div><p>{note}</p>'
 
 
-def _measure_words(measure: str) -> str:
+def _display_name_of_measure(measure: str) -> str:
     if measure in KINDS:
         return f'{measure}: mean CE'
     if measure.startswith('CE_'):
-        return f'CE {words_of(measure.removeprefix("CE_"))}'
+        return f'CE {display_name(measure.removeprefix("CE_"))}'
     return measure.replace('_', ' ')
 
 
@@ -399,10 +401,13 @@ def corruption_table(rows: Sequence[Mapping[str, Any]], corruptions: Sequence[st
         HTML.
     """
     lines = [
-        [_cell(words_of(name)), *(_cell(row.get(f'CE_{name}', ''), _with_interval(row, f'CE_{name}')) for row in rows)]
+        [
+            _cell(display_name(name)),
+            *(_cell(row.get(f'CE_{name}', ''), _with_interval(row, f'CE_{name}')) for row in rows),
+        ]
         for name in corruptions
     ]
-    note = f'Means over severities {rows[0]["severities"]}; – where a model did not see all of them.'
+    note = f'Means over severities {rows[0]["severities"]}; –: not measured at all severities.'
     if 'runs' in rows[0]:
         note += f' {RUNS_NOTE}'
     return f'{_sortable(["CE, %", *(row["model"] for row in rows)], lines)}<p>{note}</p>'
@@ -504,7 +509,7 @@ PROTOCOL_FIELDS = {
     'param_count': 'parameters, millions',
     'weights_sha256': 'hash of the weights',
     'modules_sha256': 'hash of the modules',
-    'adapt_batch_norm.source_images': 'images for which the BatchNorm statistics of the training count',
+    'adapt_batch_norm.source_images': 'weight of the running BatchNorm statistics, in images',
     'adapt_batch_norm.batch_size': 'images in a batch that the BatchNorm adapts to',
     'adapt_batch_norm.order_seed': 'seed of the order of these images',
     'predicts_among': 'predicts among',

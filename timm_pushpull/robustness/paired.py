@@ -1,8 +1,8 @@
 """Paired differences between two models that saw the same images, and the sentence that sums them up.
 
 Both models share the resamples of the images: what makes an image hard for both cancels out, so that the interval of a
-difference is narrower than the intervals of the two errors suggest. Such a difference tells apart two checkpoints, not
-two ways of training: for those see :mod:`timm_pushpull.robustness.runs`.
+difference is narrower than the intervals of the two errors suggest. Such a difference compares two checkpoints, not two
+ways of training: for those see :mod:`timm_pushpull.robustness.runs`.
 """
 
 import os
@@ -28,15 +28,15 @@ __all__ = [
     'CAVEAT',
     'checkpoint_pairs',
     'paired_differences',
-    'read_verdicts',
-    'tell_apart',
+    'read_comparisons',
+    'significance',
     'tenths',
     'thousandths',
-    'verdict',
+    'comparison_sentence',
 ]
 
 CAVEAT = 'This compares single checkpoints: other training runs may differ.'
-VERDICT_ON = {'E': 'the clean error', 'plain_mCE': 'plain mCE'}
+COMPARED = {'E': 'the clean error', 'plain_mCE': 'plain mCE'}
 
 
 def checkpoint_pairs(models: Collection[str], baseline: str | None) -> list[tuple[str, str]]:
@@ -44,7 +44,7 @@ def checkpoint_pairs(models: Collection[str], baseline: str | None) -> list[tupl
 
     Args:
         models: Names of the models with results. Models that differ only after an ``@`` are training runs of one model;
-            they are compared over the runs, see :func:`~timm_pushpull.robustness.runs.less_baseline`.
+            they are compared over the runs, see :func:`~timm_pushpull.robustness.runs.differences_from_baseline`.
         baseline: Baseline, see :func:`~timm_pushpull.robustness.summary.baseline_of`; None to compare the second of
             exactly two models with the first.
 
@@ -79,9 +79,9 @@ def paired_differences(
         pairs: Names FROM and TO of each pair.
 
     Returns:
-        One row for each pair: ``from``, ``to``, the number of ``images``, then TO less FROM, in points, for E, each CE,
-        the means, and the mean CE of each kind of corruption, with the ends of its interval; '' where one of the two
-        models lacks a pass. A pair without any interval has no row.
+        One row for each pair: ``from``, ``to``, the number of ``images``, then TO minus FROM, in points, for E, each
+        CE, the means, and the mean CE of each kind of corruption, with the ends of its interval; '' where one of the
+        two models lacks a pass. A pair without any interval has no row.
     """
     severities = severities_of(predictions)
     rows = []
@@ -90,9 +90,9 @@ def paired_differences(
         start, end = (_with_kinds(both[name]) for name in pair)
         row: dict[str, Any] = {'from': pair[0], 'to': pair[1], 'images': protocol['data']['images']}
         for measure in start:  # both have the same passes, so the same measures
-            less = None if start[measure] is None else end[measure] - start[measure]
-            row |= interval_columns(measure, less)
-        if any(tell_apart(row, measure) for measure in start):
+            difference = None if start[measure] is None else end[measure] - start[measure]
+            row |= interval_columns(measure, difference)
+        if any(significance(row, measure) for measure in start):
             rows.append(row)
     return rows
 
@@ -117,26 +117,26 @@ def _with_kinds(measures: Mapping[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(KINDS) | {name: measures[name] for name in measures if name not in COMPARISONS} | kinds
 
 
-def tell_apart(row: Mapping[str, Any], measure: str) -> str:
-    """Say whether a measure of the second model is lower or higher than that of the first.
+def significance(row: Mapping[str, Any], measure: str) -> str:
+    """Say whether a measure of the second model is significantly lower or higher than that of the first.
 
     Args:
         row: Row of :func:`paired_differences`.
         measure: Name of a measure.
 
     Returns:
-        ``'lower'`` or ``'higher'`` if the interval of the difference, rounded to tenths, excludes 0; otherwise ``'not
-        told apart'``; '' without an interval.
+        ``'lower'`` or ``'higher'`` if the 95% interval of the difference, rounded to tenths, excludes 0; otherwise
+        ``'not significantly different'``; '' without an interval.
     """
     numbers = [row.get(column, '') for column in columns_of(measure)]
     if '' in numbers:
         return ''
     _, low, high = (round(number, 1) for number in numbers)
-    return 'lower' if high < 0 else 'higher' if low > 0 else 'not told apart'
+    return 'lower' if high < 0 else 'higher' if low > 0 else 'not significantly different'
 
 
-def verdict(row: Mapping[str, Any]) -> str:
-    """Say in one sentence whether the images tell two models apart, on clean and on corrupted images.
+def comparison_sentence(row: Mapping[str, Any]) -> str:
+    """Say in one sentence whether the differences of two models are significant: the 95% interval excludes 0.
 
     Args:
         row: Row of :func:`paired_differences`.
@@ -145,8 +145,8 @@ def verdict(row: Mapping[str, Any]) -> str:
         The sentence; '' if neither the clean error nor plain mCE has an interval.
     """
     parts = []
-    for measure, words in VERDICT_ON.items():
-        if found := tell_apart(row, measure):
+    for measure, words in COMPARED.items():
+        if found := significance(row, measure):
             difference, low, high = (tenths(row[column]) for column in columns_of(measure))
             parts.append(f'{words} is {found} ({difference} points, 95% interval {low} to {high})')
     return f'{row["to"]} against {row["from"]}, by these {row["images"]:,} images: {"; ".join(parts)}.' if parts else ''
@@ -176,15 +176,15 @@ def thousandths(number: float) -> str:
     return f'{number:.3f}'
 
 
-def read_verdicts(folder: str | os.PathLike[str]) -> list[str]:
+def read_comparisons(folder: str | os.PathLike[str]) -> list[str]:
     """Sum up a results folder.
 
     Args:
         folder: Results folder.
 
     Returns:
-        The sentence of :func:`verdict` for each pair of :func:`checkpoint_pairs`, with the baseline of ``summary.csv``.
+        The :func:`comparison_sentence` of each of the :func:`checkpoint_pairs`, with the baseline of ``summary.csv``.
     """
     predictions = {name: passes for name, passes in read_predictions(folder).items() if passes}
     pairs = checkpoint_pairs(predictions, read_baseline(folder))
-    return [*filter(None, map(verdict, paired_differences(read_protocol(folder), predictions, pairs)))]
+    return [*filter(None, map(comparison_sentence, paired_differences(read_protocol(folder), predictions, pairs)))]

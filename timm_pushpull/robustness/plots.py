@@ -11,7 +11,7 @@ from PIL import Image
 from ..drawing import COLORS, new_figure
 from .calibration import reliability_bins
 from .examples import ExampleImage
-from .metrics import CLEAN, KINDS, TEST_CORRUPTIONS, words_of
+from .metrics import CLEAN, KINDS, TEST_CORRUPTIONS, display_name
 from .store import Predictions, readable_ranks
 from .summary import baseline_row, columns_of, corruptions_of, model_of, other_corruptions
 
@@ -36,7 +36,7 @@ MARKERS = 'osD^vPX<'  # one more than there are colours: the eighth model differ
 FEWEST_PREDICTIONS = 20  # of a bin in the reliability diagram
 ZERO_LINE = 'R_net = 0'
 SETS = {'E': 'clean (E)', 'other_mCE': 'other corruptions (other mCE)', 'plain_mCE': 'corrupted (plain mCE)'}
-GAIN, LOSS, OPEN = COLORS[0], COLORS[1], '#999999'
+GAIN, LOSS, INCONCLUSIVE = COLORS[0], COLORS[1], '#999999'
 
 
 def plot_overview(rows: Sequence[Mapping[str, Any]], shifts: Sequence[Mapping[str, Any]] = ()) -> 'Figure | None':
@@ -146,7 +146,7 @@ def plot_error_by_corruption(rows: Sequence[Mapping[str, Any]]) -> 'Figure | Non
     for place in range(1, len(names)):
         if kinds[place] != kinds[place - 1]:
             axes.axhline(place - 0.5, color='#999', lw=0.8)
-    axes.set_yticks(range(len(names)), [words_of(name) for name in names], fontsize=9)
+    axes.set_yticks(range(len(names)), [display_name(name) for name in names], fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     _label_error_axis(axes)
     _add_legend(figure, axes)
@@ -337,14 +337,14 @@ def plot_pairs(
     for (start, end), (_, (low, high)) in zip(lines, arrows, strict=True):
         color = GAIN if end[1] < start[1] else LOSS
         if low != '' and low <= 0 <= high:
-            color = OPEN
+            color = INCONCLUSIVE
         style = dict(arrowstyle='-|>', color=color, lw=1.6, mutation_scale=11, shrinkA=3, shrinkB=3)
         axes.annotate('', xy=end, xytext=start, arrowprops=style)
     axes.plot(*zip(*points.values(), strict=True), 'o', color='#333', markersize=4, zorder=4)
     axes.margins(x=0.22, y=0.14)  # room for names
     words_of_colors = [(GAIN, 'plain mCE falls'), (LOSS, 'plain mCE does not fall')]
     if intervals:
-        words_of_colors.append((OPEN, 'plain mCE: interval holds 0'))
+        words_of_colors.append((INCONCLUSIVE, 'plain mCE: interval holds 0'))
     for color, words in words_of_colors:
         axes.plot([], [], color=color, lw=1.6, label=words)
     _label_errors(axes)

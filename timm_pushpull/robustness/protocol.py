@@ -96,7 +96,7 @@ def describe_models(
             **data_configs[name],
             'param_count': round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
             'weights_sha256': hash_weights(model),
-            # For settings outside the weights, such as a fixed alpha or the averaging window.
+            # For settings that are no weights, such as a fixed alpha or the averaging window.
             'modules_sha256': hash_modules(model),
             'precision': str(amp_dtype or torch.float32).removeprefix('torch.'),
             'device': torch.device(device).type,

@@ -20,10 +20,10 @@ from .paired import checkpoint_pairs, paired_differences
 from .runs import (
     Runs,
     difference_of_means,
-    find_pairs,
+    differences_from_baseline,
     group_runs,
-    less_baseline,
     means_over_runs,
+    parse_pairs,
     select_runs,
     shift_means_over_runs,
 )
@@ -57,7 +57,7 @@ def write_report(
             :func:`~timm_pushpull.robustness.summary.baseline_of`; None for the baseline of the summaries.
         note: A sentence for the top of the page.
         pairs: Pairs ``'FROM:TO'`` of models, or of names before the ``@`` of training runs. The page then has the
-            difference of each pair (TO less FROM), and a plot with an arrow from FROM to TO.
+            difference of each pair (TO minus FROM), and a plot with an arrow from FROM to TO.
 
     Returns:
         The page, ``report.html``. It needs no other file.
@@ -94,7 +94,7 @@ class _Part:
         self.baseline: str | None = None
 
     def add(self, folder: Path, protocol: Mapping[str, Any]) -> None:
-        """Add a folder. Models of one name in several folders get labels that tell them apart, if they differ."""
+        """Add a folder. Models of one name in several folders get different labels, if they differ."""
         self.folders.append(folder)
         predictions = {name: passes for name, passes in read_predictions(folder).items() if passes}
         if not predictions:
@@ -171,7 +171,7 @@ def _folder_section(part: _Part, output: Path, prefix: str, baseline: str | None
 def _single_checkpoints(models: Runs, pairs: Sequence[str]) -> list[tuple[str, str]]:
     """Name the checkpoints of the pairs in which both sides have only one."""
     checkpoints = []
-    for pair in find_pairs(pairs, [run['model'] for runs in models.values() for run in runs]).values():
+    for pair in parse_pairs(pairs, [run['model'] for runs in models.values() for run in runs]).values():
         runs = select_runs(models, pair)
         start, end = ([run['model'] for run in runs[name]] for name in pair)
         if len(start) == len(end) == 1:
@@ -192,7 +192,7 @@ def _summary_sections(path: Path, output: Path, baseline: str | None, pairs: Seq
 
 def _check_pairs(pairs: Sequence[str], parts: Sequence[Collection[str]]) -> None:
     for pair in pairs:
-        if not any(find_pairs([pair], models) for models in parts):
+        if not any(parse_pairs([pair], models) for models in parts):
             names = dict.fromkeys(name for models in parts for name in (*map(model_of, models), *models))
             raise InputError(
                 f'pairs must be FROM:TO, names of models with one protocol, got {pair!r}. Models: {", ".join(names)}.'
@@ -241,11 +241,11 @@ def _tables_and_plots(
     if shifts:
         sections += ['<h2>Natural shifts</h2>', page.shifts_table(shown_shifts)]
     baseline = rows[0]['baseline']
-    if from_baseline := less_baseline(models, baseline):
-        sections += ['<h2>Less the baseline</h2>', page.baseline_differences(from_baseline, baseline)]
+    if from_baseline := differences_from_baseline(models, baseline):
+        sections += ['<h2>Difference from the baseline</h2>', page.baseline_differences(from_baseline, baseline)]
     if paired:
         sections += ['<h2>Differences of checkpoints</h2>', page.checkpoint_differences(paired)]
-    if found := [*find_pairs(pairs, [row['model'] for row in rows]).values()]:
+    if found := [*parse_pairs(pairs, [row['model'] for row in rows]).values()]:
         sections += _pair_sections(models, found, paired, output / f'{prefix}pairs.png')
     if calibration := page.calibration_table(shown):
         sections += ['<h2>Calibration</h2>', calibration]
@@ -273,7 +273,7 @@ def _pair_sections(
         checkpoints = tuple(run['model'] for name in (start, end) for run in runs[name])
         row = of_checkpoints.get(checkpoints)
         if row is None:
-            row = {'pair': f'{start} → {end}', 'runs of both': f'{len(runs[start])}, {len(runs[end])}'}
+            row = {'pair': f'{start} → {end}', 'runs (from, to)': f'{len(runs[start])}, {len(runs[end])}'}
             row |= difference_of_means(runs[start], runs[end])
             over_runs.append(row)
         intervals.append(tuple(row[column] for column in columns_of('plain_mCE')[1:]))

@@ -15,18 +15,18 @@ from .shifts import SHIFT_MEASURES
 from .summary import columns_of, corruptions_of, model_of
 
 __all__ = [
-    'MEASURES',
+    'RUN_MEASURES',
     'Runs',
     'difference_of_means',
-    'find_pairs',
+    'parse_pairs',
     'group_runs',
-    'less_baseline',
+    'differences_from_baseline',
     'means_over_runs',
     'select_runs',
     'shift_means_over_runs',
 ]
 
-MEASURES = ('E', 'plain_mCE', 'alexnet_normalized_mCE', *KINDS)
+RUN_MEASURES = ('E', 'plain_mCE', 'alexnet_normalized_mCE', *KINDS)
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 """Rows of a summary, one for each training run, by model."""
 
@@ -95,7 +95,7 @@ def shift_means_over_runs(shifts: Sequence[Mapping[str, Any]]) -> list[dict[str,
     return rows
 
 
-def less_baseline(models: Runs, baseline: str) -> list[dict[str, Any]]:
+def differences_from_baseline(models: Runs, baseline: str) -> list[dict[str, Any]]:
     """Compare each model that has several training runs with a baseline that has several.
 
     Args:
@@ -103,7 +103,7 @@ def less_baseline(models: Runs, baseline: str) -> list[dict[str, Any]]:
         baseline: Name of the baseline before the ``@``.
 
     Returns:
-        One row for each model: the number of ``runs`` and of runs ``of baseline``, then the difference of the means,
+        One row for each model: the number of ``runs`` and of ``baseline runs``, then the difference of the means,
         see :func:`difference_of_means`. No row if the baseline has fewer than two runs.
     """
     several = {model: runs for model, runs in models.items() if len(runs) > 1}
@@ -111,13 +111,13 @@ def less_baseline(models: Runs, baseline: str) -> list[dict[str, Any]]:
     if baseline_runs is None:
         return []
     return [
-        {'model': model, 'runs': len(runs), 'of baseline': len(baseline_runs)}
+        {'model': model, 'runs': len(runs), 'baseline runs': len(baseline_runs)}
         | difference_of_means(baseline_runs, runs)
         for model, runs in several.items()
     ]
 
 
-def find_pairs(pairs: Iterable[str], names: Collection[str]) -> dict[str, tuple[str, str]]:
+def parse_pairs(pairs: Iterable[str], names: Collection[str]) -> dict[str, tuple[str, str]]:
     """Split pairs ``FROM:TO`` into known names. A name may hold colons itself, as ``hf-hub:timm/...`` does.
 
     Args:
@@ -158,14 +158,14 @@ def difference_of_means(from_runs: Sequence[Mapping[str, Any]], to_runs: Sequenc
         to_runs: Training runs of the other model.
 
     Returns:
-        For each of ``MEASURES`` the mean over ``to_runs`` less the mean over ``from_runs``, in points, with the ends of
-        Welch's 95% interval. No interval ('') for a single run or where no run differs from another.
+        For each of ``RUN_MEASURES`` the mean over ``to_runs`` minus the mean over ``from_runs``, in points, with the
+        ends of Welch's 95% interval. No interval ('') for a single run or where no run differs from another.
 
     Raises:
         ModuleNotFoundError: If scipy is not installed.
     """
     row: dict[str, Any] = {}
-    for measure in MEASURES:
+    for measure in RUN_MEASURES:
         left, right = ([run[measure] for run in runs] for runs in (from_runs, to_runs))
         numbers = ('', '', '') if '' in left + right else _welch(left, right)
         row |= dict(zip(columns_of(measure), numbers, strict=True))

@@ -11,21 +11,21 @@ from .metrics import CLEAN
 from .store import TOP, UNREADABLE, find_shifted, read_classes, read_predictions, read_protocol, write_csv
 from .summary import interval_columns, resampled_errors
 
-__all__ = ['SHIFT_MEASURES', 'clean_of_shift', 'name_of_clean', 'shift_rows', 'write_shifts']
+__all__ = ['SHIFT_MEASURES', 'find_clean', 'clean_name', 'shift_rows', 'write_shifts']
 
 SHIFT_MEASURES = {
     'top1_err': 'top-1 error on the shifted images, %',
     'top5_err': 'top-5 error on the shifted images, %',
-    'drop': 'top-1 error on the shifted images less that on clean images of the same classes, points: those of the set '
-    'NAME-clean for a set NAME, or the clean images of all sets',
+    'error_increase': 'top-1 error on the shifted minus top-1 error on clean images of the same classes, points; clean '
+    'images: the set NAME-clean if given, else --data-dir',
 }
 
 
 def shift_rows(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Compute the errors on the natural shifts of a results folder, from the predictions.
 
-    An interval spans the middle 95% of the values over 1,000 resamples of the images; for ``drop`` the clean images and
-    the shifted ones are resampled independently. Unreadable images count neither as images nor as errors.
+    An interval spans the middle 95% of the values over 1,000 resamples of the images; for ``error_increase`` the clean
+    images and the shifted ones are resampled independently. Unreadable images count neither as images nor as errors.
 
     Args:
         folder: Results folder.
@@ -36,11 +36,11 @@ def shift_rows(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         value cannot be computed.
 
     Raises:
-        ValueError: If a folder holds no results, or if a file is damaged or no file of these results.
+        ValueError: If a folder holds no results, or if a file is damaged or does not belong to these results.
     """
     rows = []
     for shift, path in find_shifted(folder).items():
-        base = clean_of_shift(folder, shift)
+        base = find_clean(folder, shift)
         clean = read_predictions(base) if base else {}
         count = read_protocol(path)['data']['classes']
         for name, passes in read_predictions(path).items():
@@ -51,12 +51,12 @@ def shift_rows(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
             top1, top5 = _errors(ranks, seed=1).T
             row |= interval_columns('top1_err', top1) | interval_columns('top5_err', top5)
             before = clean.get(name, {}).get((CLEAN, 0))
-            drop = None if before is None else top1 - _errors(before['rank'], seed=0)[:, 0]
-            rows.append(row | interval_columns('drop', drop))
+            increase = None if before is None else top1 - _errors(before['rank'], seed=0)[:, 0]
+            rows.append(row | interval_columns('error_increase', increase))
     return rows
 
 
-def clean_of_shift(folder: str | os.PathLike[str], shift: str) -> Path | None:
+def find_clean(folder: str | os.PathLike[str], shift: str) -> Path | None:
     """Find the clean images with which a natural shift is compared: those with the same classes.
 
     Args:
@@ -64,18 +64,18 @@ def clean_of_shift(folder: str | os.PathLike[str], shift: str) -> Path | None:
         shift: Name of the shift.
 
     Returns:
-        Results folder of another shift that has the name of :func:`name_of_clean`, otherwise ``folder``; None if
+        Results folder of another shift that has the name of :func:`clean_name`, otherwise ``folder``; None if
         neither has clean images with the same classes and labels of the same kind.
     """
     shifts = find_shifted(folder)
     bases = [Path(folder)] if 'real_labels_sha256' not in read_protocol(folder)['data'] else []
-    if name_of_clean(shift) in shifts:
-        bases.insert(0, shifts[name_of_clean(shift)])
+    if clean_name(shift) in shifts:
+        bases.insert(0, shifts[clean_name(shift)])
     classes = read_classes(shifts[shift])
     return next((base for base in bases if same_classes(classes, read_classes(base))), None)
 
 
-def name_of_clean(shift: str) -> str:
+def clean_name(shift: str) -> str:
     """Name the clean images of the classes of a natural shift, as in timm's ``results-imagenet-a-clean.csv``."""
     return f'{shift}-clean'
 

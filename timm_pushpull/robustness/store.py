@@ -235,7 +235,7 @@ def read_images(folder: str | os.PathLike[str]) -> list[tuple[str, int]]:
         Name and class index of each image.
 
     Raises:
-        ValueError: If the folder holds no results, or if the table is wrong or not of all its images.
+        ValueError: If the folder holds no results, or if the table is wrong or lacks a row.
     """
     path, data = Path(folder) / 'images.csv', read_protocol(folder)['data']
     rows = read_csv(path, 'image', 'class')
@@ -258,7 +258,7 @@ def read_classes(folder: str | os.PathLike[str]) -> list[str]:
         Name of each class, '' where the dataset has none.
 
     Raises:
-        ValueError: If the folder holds no results, or if the table is wrong or not of all its classes.
+        ValueError: If the folder holds no results, or if the table is wrong or lacks a row.
     """
     path, classes = Path(folder) / 'classes.csv', read_protocol(folder)['data']['classes']
     rows = read_csv(path, 'class', 'name')
@@ -351,7 +351,7 @@ def read_predictions(folder: str | os.PathLike[str]) -> dict[str, dict[tuple[str
         empty dictionary.
 
     Raises:
-        ValueError: If the folder holds no results, or if a file is damaged or no file of these results.
+        ValueError: If the folder holds no results, or if a file is damaged or does not belong to these results.
     """
     # Before the protocol: a run that joins writes the protocol first.
     found = set((Path(folder) / 'predictions').glob('*/'))
@@ -446,7 +446,7 @@ def find_examples(folder: str | os.PathLike[str]) -> list[Example]:
         Examples in no particular order.
 
     Raises:
-        ValueError: If a file is no file of these results.
+        ValueError: If a file does not belong to these results.
     """
     found, protocol = [], read_protocol(folder)
     for path in Path(folder).glob('examples/*.png'):

@@ -19,7 +19,7 @@ from .metrics import (
     CLEAN,
     COMPARISONS,
     HELD_OUT_CORRUPTIONS,
-    MEANS,
+    MEASURES,
     SEVERITIES,
     TEST_CORRUPTIONS,
     corruption_error,
@@ -93,7 +93,7 @@ def measures_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = dict.fromkeys(column for row in rows for column in row)
     errors = [f'CE_{name}' for name in corruptions_of(rows)]
     optional = [measure for measure in ('other_mCE', *CALIBRATION) if measure in columns]
-    return ['E', *errors, *(mean for mean in MEANS if mean not in ('E', 'other_mCE')), *optional]
+    return ['E', *errors, *(measure for measure in MEASURES if measure not in ('E', 'other_mCE')), *optional]
 
 
 def corruptions_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@ Files in a results folder, with one row for each model:
 - ``results-NAME.csv``: accuracy on the natural shift NAME.
 
 As in timm's ``generate_csv_results.py``, rows are sorted by top-1, top-5 and name, ``top1_diff`` and ``top5_diff`` are
-the accuracy less that of the base table, and ``rank_diff`` is the rank in the base table less the rank in the table.
+the accuracy minus that of the base table, and ``rank_diff`` is the rank in the base table minus the rank in the table.
 The base is the table of the clean images, with the same classes. timm compares ImageNet-A and -R, of 200 classes, with
 clean images of these classes; here they are measured as another shift, NAME-clean, which is then the base of NAME.
 Without such a base the differences are empty.
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS
-from .shifts import clean_of_shift, name_of_clean
+from .shifts import clean_name, find_clean
 from .store import TOP, Predictions, find_shifted, read_predictions, read_protocol, readable_ranks, write_csv
 
 __all__ = ['write_timm_tables']
@@ -43,7 +43,7 @@ def write_timm_tables(folder: str | os.PathLike[str]) -> list[Path]:
         The files, which this module lists. A table without rows is not written.
 
     Raises:
-        ValueError: If a folder holds no results, or if a file is damaged or no file of these results.
+        ValueError: If a folder holds no results, or if a file is damaged or does not belong to these results.
     """
     folder = Path(folder)
     read = functools.cache(lambda path: (read_protocol(path), read_predictions(path)))
@@ -51,12 +51,12 @@ def write_timm_tables(folder: str | os.PathLike[str]) -> list[Path]:
     if 'real_labels_sha256' not in read(folder)[0]['data']:
         clean = tables['clean'] = _accuracies(*read(folder), [(CLEAN, 0)])
         passes = [(name, severity) for name in TEST_CORRUPTIONS for severity in SEVERITIES]
-        tables['imagenet-c'] = _less_base(_accuracies(*read(folder), passes), clean)
+        tables['imagenet-c'] = _with_differences(_accuracies(*read(folder), passes), clean)
     shifts = find_shifted(folder)
     for shift, path in shifts.items():
-        rows, base = _accuracies(*read(path), [(CLEAN, 0)]), clean_of_shift(folder, shift)
-        if shift not in map(name_of_clean, shifts):
-            rows = _less_base(rows, _accuracies(*read(base), [(CLEAN, 0)]) if base else [])
+        rows, base = _accuracies(*read(path), [(CLEAN, 0)]), find_clean(folder, shift)
+        if shift not in map(clean_name, shifts):
+            rows = _with_differences(rows, _accuracies(*read(base), [(CLEAN, 0)]) if base else [])
         tables[path.name] = rows
     files = {folder / f'results-{name}.csv': rows for name, rows in tables.items() if rows}
     for file, rows in files.items():
@@ -86,7 +86,7 @@ def _accuracies(
     return rows
 
 
-def _less_base(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _with_differences(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ranks = {row['model']: rank for rank, row in enumerate(base)}
     table = []
     for rank, row in enumerate(rows):

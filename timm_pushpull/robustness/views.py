@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError
 from .corruptions import corrupt
-from .data import DatasetImages, StoredArrays, StoredFolders, UnreadableImage
+from .data import DatasetImages, StoredArrays, StoredFolders, UnreadableImageError
 from .metrics import CLEAN
 
 __all__ = ['View', 'Views']
@@ -77,9 +77,11 @@ class Views(Dataset):
         """Return one image for each geometry, uint8 (3, H, W), and its class."""
         try:
             arrays = self._arrays(view)
-        except UnreadableImage as error:
+        except UnreadableImageError as error:
             if not self._skip_unreadable:
-                raise UnreadableImage(f'{error} To leave out and count such images, set skip_unreadable.') from None
+                raise UnreadableImageError(
+                    f'{error} To leave out and count such images, set skip_unreadable.'
+                ) from None
             return [torch.zeros(size, dtype=torch.uint8, device='cpu') for size in self._sizes], _cpu_tensor(-1)
         images = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
         return images, _cpu_tensor(self.images.targets[view.image])

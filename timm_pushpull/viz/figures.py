@@ -60,11 +60,13 @@ def draw_figures(
     - ``edge``: the responses (:func:`~timm_pushpull.viz.responses.edge_responses`) of one filter to a bar of value 1, 5
       pixels wide, on a background of 0, in an image of 64x64 pixels, the same in all channels, plus Gaussian noise. A_s
       is the mean response over the bar, A_n the mean over the rest, each over 16 draws of the noise, and
-      :func:`~timm_pushpull.viz.responses.snr_db` is their ratio. The image extends beyond the measured part, so that no
-      response is a response to the border. Among the half of the filters with the largest alpha, the filter with the
+      :func:`~timm_pushpull.viz.responses.snr_db` is their ratio. An infinite ratio is ``inf`` or ``-inf`` in the table,
+      an undefined ratio is empty; the figure has words for them. The image extends beyond the measured part, so that no
+      response is a response to the border.
+
+      Among the half of the filters with the largest alpha, the filter with the
       largest ``A_s / (A_u + |W|)`` is drawn: A_s is its push response to the bar without noise, A_u that to an even
-      image of value 1, and the Euclidean norm ``|W|`` the standard deviation of its response to unit noise. An infinite
-      ratio is ``inf`` or ``-inf`` in the table, an undefined ratio is empty; the figure has words for them.
+      image of value 1, and the Euclidean norm ``|W|`` the standard deviation of its response to unit noise.
     - ``spectra``: :func:`~timm_pushpull.viz.spectra.combined_spectrum` of the push kernels (alpha 0), of the pull
       kernels, and of combinations for several alpha and windows. The table has their radial means.
     - ``alpha``: the inhibition strength of each channel.

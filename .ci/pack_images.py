@@ -1,6 +1,6 @@
-"""Pack a folder of pictures (DATA/train/CLASS/*, DATA/val/CLASS/*) small enough to travel, and unpack the parts there.
+"""Pack a folder of images (DATA/train/CLASS/*, DATA/val/CLASS/*) small enough to travel, and unpack the parts there.
 
-python .ci/pack_pictures.py DATA PARTS [--side 160] [--quality 55] [--mib 53]
+python .ci/pack_images.py DATA PARTS [--side 160] [--quality 55] [--mib 53]
 """
 
 import argparse
@@ -27,7 +27,7 @@ def shrink(path: Path, side: int, quality: int) -> bytes:
 
 
 def pack(data: Path, folder: Path, side: int = 160, quality: int = 55, part_mib: float = 53) -> list[Path]:
-    """Write part-0.zip, part-1.zip, ...; each has pictures of all classes, the first all of the test pictures."""
+    """Write part-0.zip, part-1.zip, ...; each has images of all classes, the first all of the test images."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = sorted(path for path in data.glob('train/*/*') if path.is_file())
     random.Random(0).shuffle(paths)
@@ -54,7 +54,7 @@ def pack(data: Path, folder: Path, side: int = 160, quality: int = 55, part_mib:
 
 
 def unpack(folder: Path, data: Path) -> int:
-    """Extract the parts that are here; return the number of training pictures."""
+    """Extract the parts that are here; return the number of training images."""
     for part in sorted(folder.glob('**/part-*.zip')):
         with zipfile.ZipFile(part) as archive:
             archive.extractall(data)
@@ -71,4 +71,4 @@ if __name__ == '__main__':
     args = parser.parse_args()
     for part in pack(args.data, args.parts, args.side, args.quality, args.mib):
         with zipfile.ZipFile(part) as archive:
-            print(f'{part}: {part.stat().st_size / 2**20:.1f} MiB, {len(archive.namelist())} pictures')
+            print(f'{part}: {part.stat().st_size / 2**20:.1f} MiB, {len(archive.namelist())} images')
