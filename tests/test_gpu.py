@@ -6,6 +6,7 @@ from accuracy import FLOOR, PRECISIONS, Errors, draw, output_and_grads
 from timm.models import create_model
 
 from timm_pushpull import PRIME, evaluate_robustness
+from timm_pushpull.augment.prime import apply_prime
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -67,13 +68,17 @@ def test_ddp_of_one_process(tmp_path):
 
 
 @pytest.mark.parametrize('preset', [PRIME.imagenet, PRIME.cifar])
-def test_prime(preset):
+def test_prime(preset, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     images = torch.rand(16, 3, 65, 65)
-    augmented = preset()(images.to(DEVICE), torch.Generator('cpu').manual_seed(0))
+    augmented = preset()(images.to(DEVICE), torch.Generator().manual_seed(0))
     assert augmented.device.type == DEVICE and augmented.isfinite().all()
     assert 0 <= augmented.min() and augmented.max() <= 1
     changed = (augmented.cpu() - images).abs().mean((1, 2, 3))
     assert (changed > 1e-3).sum() >= 14
+    draw = preset().draw(images.shape, torch.device('cpu'), torch.Generator().manual_seed(0))
+    exact = apply_prime(images.double(), draw)
+    assert (apply_prime(images.to(DEVICE), draw).cpu() - exact).abs().mean() < 1e-4
 
 
 def test_robustness_as_on_the_cpu(tmp_path):
