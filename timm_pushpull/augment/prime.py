@@ -7,8 +7,8 @@ Paper: `PRIME: A Few Primitives Can Boost Robustness to Common Corruptions` - ht
 Differences from the original code (https://github.com/amodas/PRIME-augmentations): here every image has its own draw,
 and the strengths are those of the paper. The original code shares one displacement field, one first frequency and one
 strength among all images of a step. It draws the strengths uniformly between 0 and those of the paper, and T and the
-cut from arcsine laws, the cut below a random upper end. It drops frequencies above the last one. It puts the delta of
-the filter at a corner of the kernel, which shifts the image by a pixel.
+cut from arcsine laws, the cut below a random upper end. It leaves out colour frequencies above 500, the largest first
+frequency. It puts the delta of the filter at a corner of the kernel, which shifts the image by a pixel.
 """
 
 import math

@@ -97,8 +97,8 @@ def create_push_pull(
         variant: Name of the push-pull network.
         base: Name of timm's network, with or without a tag.
         pretrained: Load weights: those of the pretrained cfg, otherwise those of the base.
-        pretrained_cfg: Tag of the base, or the cfg of other weights, of the push-pull network or of the base.
-        pretrained_cfg_overlay: Fields that replace those of the cfg.
+        pretrained_cfg: Tag of the base, or a cfg of other weights for the push-pull network or for the base.
+        pretrained_cfg_overlay: Fields that replace fields of the cfg.
         cache_dir: Cache of the downloads.
         push_pull: False keeps the plain convolution, for a baseline.
         avg_pool_size: Side of the averaging window, an odd number of pixels of the unit's output, or 0.
