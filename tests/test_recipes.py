@@ -212,6 +212,9 @@ def test_command_line(capsys, tmp_path, monkeypatch):
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == RECIPES
     assert any(line.endswith('ResNet50 + PP3, PRIME, ImageNet-1k.') for line in listed)
+    assert main(['recipes', 'pp_resnet18.pp5_*in*00']) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == ['pp_resnet18.pp5_in100', 'pp_resnet18.pp5_in200']
     assert main(['recipes', 'pp_resnet18.pp5_in200', '--processes', '2']) == 0
     write, one, empty, two = capsys.readouterr().out.splitlines()
     assert one.startswith('python ') and not empty and two.startswith('torchrun --nproc-per-node=2 ')
@@ -228,6 +231,8 @@ def test_command_line(capsys, tmp_path, monkeypatch):
         ('pp_resnet18.pp4_in200', 'pp_resnet18.pp5_in200'),
         ('pp_resnet18.pp4_in200 --output new.yaml', 'pp_resnet18.pp5_in200'),
         ('--output new.yaml', 'give its NAME'),
+        ('pp_resnet19.*', "must match the name of a recipe, got 'pp_resnet19.*'"),
+        ('pp_resnet18.* --output new.yaml', "must be one of the recipes, got 'pp_resnet18.*'"),
         ('pp_resnet18.pp3_in1k --processes 7', 'equally, got 7'),
     ],
 )

@@ -325,6 +325,16 @@ def test_the_terminal_shows_the_measures_of_each_model(capsys):
     assert lines[-1][:3] == ['5', 'predictions', 'are']
 
 
+@pytest.mark.parametrize('columns, widths', [(33, [2, 1]), (34, [3]), (23, [2, 1]), (22, [1, 1, 1]), (5, [1, 1, 1])])
+def test_the_terminal_shows_as_many_models_side_by_side_as_fit(columns, widths, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', str(columns))
+    rows = [dict(model=model, E=index, severities='1', unreadable=0) for index, model in enumerate('abc')]
+    print_summary(rows)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [len(line) for line in lines if line and line[0] in 'abc'] == widths
+    assert sum((line[1:] for line in lines if line[:1] == ['E']), []) == ['0.00', '1.00', '2.00']
+
+
 def test_command(data, tmp_path, capsys):
     options = ['--workers', '0', '--corruptions', 'fog', '--severities', '2', '--limit', '6']
     arguments = command(data, tmp_path, *options)

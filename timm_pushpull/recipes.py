@@ -6,6 +6,7 @@ ImageNet-1k. This module imports neither torch nor timm, so that the command lin
 
 import copy
 import difflib
+import fnmatch
 import itertools
 import math
 import os
@@ -129,13 +130,22 @@ RECIPES = {
 }
 
 
-def list_recipes() -> dict[str, str]:
+def list_recipes(filter: str = '*') -> dict[str, str]:
     """List the recipes.
+
+    Args:
+        filter: Pattern of the names with wildcards, as in ``timm.list_models``.
 
     Returns:
         Purpose of each recipe, by its name, in the order of the names.
+
+    Raises:
+        ValueError: If no name matches.
     """
-    return {name: _purpose(name) for name in sorted(RECIPES)}
+    names = fnmatch.filter(sorted(RECIPES), filter)
+    if not names:
+        raise InputError(f'filter must match the name of a recipe, got {filter!r}, as in pp_resnet50.*_in1k.')
+    return {name: _purpose(name) for name in names}
 
 
 def _purpose(name: str) -> str:

@@ -10,10 +10,16 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         'recipes',
         help='list the training recipes, print the commands of one, or write its file',
-        description="List the training recipes. With NAME, print the commands that train the recipe with timm's "
-        'train.py. With NAME and --output, write the file for train.py --config.',
+        description="List the training recipes, all or those that match a pattern such as 'pp_resnet50.*_in1k'. With "
+        "the NAME of one, print the commands that train it with timm's train.py. With NAME and --output, write the "
+        'file for train.py --config.',
     )
-    parser.add_argument('name', nargs='?', metavar='NAME', help='recipe, such as pp_resnet50.pp3_prime_in1k')
+    parser.add_argument(
+        'name',
+        nargs='?',
+        metavar='NAME',
+        help='recipe, such as pp_resnet50.pp3_prime_in1k, or a pattern with wildcards',
+    )
     parser.add_argument('--output', metavar='FILE', help='write the recipe to this file, for train.py --config')
     parser.add_argument(
         '--processes', type=int, default=4, metavar='N', help='processes of the torchrun command (default: %(default)s)'
@@ -30,11 +36,11 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         atomic_write(args.output, recipe_text(args.name).encode())
         print(args.output)
-    elif args.name:
+    elif args.name and '*' not in args.name:
         write, train, train_in_several = recipe_commands(args.name, args.processes)
         print(f'{write}\n{train}\n\n{train_in_several}')
     else:
-        recipes = list_recipes()
+        recipes = list_recipes(args.name or '*')
         width = max(map(len, recipes))
         for name, purpose in recipes.items():
             print(f'{name:<{width}} {purpose}')
