@@ -98,8 +98,6 @@ def keep_weights(checkpoint, network, name):
 
 
 def main(work):
-    if args.toy and not SCRIPT.exists():
-        return say("no training: set TIMM_SCRIPTS to a checkout of timm's repository")
     parts, data, runs = Path(os.environ.get('PARTS', '.')), work / 'data', work / 'runs'
     if args.toy:
         draw_images(work / 'drawn')
@@ -107,6 +105,8 @@ def main(work):
         pack(work / 'drawn', parts, side=36, part_mib=0.05)
     count = unpack(parts, data)
     say(f'{count} training images of {classes(data)} classes after {time.monotonic() - START:.0f} s')
+    if args.toy and not SCRIPT.exists():
+        return say("no training: set TIMM_SCRIPTS to a checkout of timm's repository")
     ended, took = [], {}
     networks = ('pp_resnet18',) if args.toy else ('pp_resnet18', 'pp_resnet50')
     for seed in (1,) if args.toy else (1, 2, 3):
