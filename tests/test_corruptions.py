@@ -100,6 +100,6 @@ def test_bad_arguments_are_refused(corruption, severity, size, message):
 
 def test_without_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'imagecorruptions', None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'timm-pushpull\[corruptions\]'") as error:
+    with pytest.raises(ModuleNotFoundError, match='pip install imagecorruptions-imaug') as error:
         corrupt(gradients(), 'fog', 1, index=0)
     assert error.value.name == 'imagecorruptions'

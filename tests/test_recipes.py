@@ -216,7 +216,8 @@ def test_command_line(capsys, tmp_path, monkeypatch):
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == ['pp_resnet18.pp5_in100', 'pp_resnet18.pp5_in200']
     assert main(['recipes', 'pp_resnet18.pp5_in200', '--processes', '2']) == 0
-    write, one, empty, two = capsys.readouterr().out.splitlines()
+    purpose, write, one, empty, two = capsys.readouterr().out.splitlines()
+    assert purpose == f'# {list_recipes()["pp_resnet18.pp5_in200"]}'
     assert one.startswith('python ') and not empty and two.startswith('torchrun --nproc-per-node=2 ')
     assert write.startswith('timm-pushpull ') and main(shlex.split(write)[1:]) == 0
     file = options_of(one)['--config']
@@ -227,7 +228,7 @@ def test_command_line(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'arguments, words',
     [
-        ('pp_resnet18_cifar', 'pp_resnet18_cifar.baseline_augmix_c10, '),
+        ('pp_resnet18_cifar', "as 'pp_resnet50.*' lists those of a network."),
         ('pp_resnet18.pp4_in200', 'pp_resnet18.pp5_in200'),
         ('pp_resnet18.pp4_in200 --output new.yaml', 'pp_resnet18.pp5_in200'),
         ('--output new.yaml', 'give its NAME'),

@@ -504,7 +504,7 @@ def test_stored_arrays(tmp_path):
 
 def test_without_the_extra_nothing_is_written(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'imagecorruptions', None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'timm-pushpull\[corruptions\]'"):
+    with pytest.raises(ModuleNotFoundError, match='pip install imagecorruptions-imaug'):
         evaluate_robustness({'a': network()}, tmp_path, dataset(data), **FEW)
     assert not any(tmp_path.iterdir())
 

@@ -71,7 +71,8 @@ def run_demo(folder: str | os.PathLike[str], epochs: int = 8, test_digits: int =
     """
     for extra in ('sklearn', 'imagecorruptions', 'matplotlib'):
         if importlib.util.find_spec(extra) is None:
-            raise MissingExtraError(f"The demo needs {extra}: pip install 'timm-pushpull[demo]'", name=extra)
+            packages = 'scikit-learn imagecorruptions-imaug matplotlib scipy'
+            raise MissingExtraError(f'The demo needs {extra}: pip install {packages}', name=extra)
     folder = Path(folder)
     threads = torch.get_num_threads()
     # The threads of an operation wait for the slowest of them: on a busy machine each operation would wait until all

@@ -29,7 +29,7 @@ def new_figure(height: float) -> 'Figure':
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        message = "Figures need matplotlib: pip install 'timm-pushpull[report]'"
+        message = 'Figures need matplotlib: pip install matplotlib'
         raise MissingExtraError(message, name=error.name) from error
     return Figure((5, height), layout='constrained')
 

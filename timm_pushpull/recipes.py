@@ -78,7 +78,7 @@ BASES = {  # description, notes
     'in200': ('ImageNet-200', IMAGENET_NOTES),
     'c10': ('CIFAR-10', PAPER_NOTES.format(30, 9, 21, CIFAR_CROP) + BATCH_NOTE),
     'ft_in1k': ("ImageNet-1k, from timm's weights; ours, untested", START_NOTES + SCHEDULE_NOTES + BATCH_NOTE),
-    'ft_own': ("your own folder of images, from timm's weights", START_NOTES),
+    'ft_own': ("your own folder of images, from timm's weights; ours", START_NOTES),
     'r64_imagenette': (
         'Imagenette at 64x64',
         'Ours, for a small data set of small images: it trains the network from scratch on 9,469 images.',
@@ -152,7 +152,7 @@ def _purpose(name: str) -> str:
     network, unit, additions, base = RECIPES[name]
     words = [ADDITIONS[addition][0] for addition in additions]
     if AUGMENTATIONS.keys().isdisjoint(additions):
-        words.append('no augmentation' + ' beyond crop and flip' * base.startswith(('ft_', 'r64_')))
+        words.append('no augmentation beyond crop and flip')
     return f'{NETWORKS[network]}{UNITS[unit][0]}, {", ".join(words)}, {BASES[base][0]}.'
 
 
@@ -169,9 +169,11 @@ def read_recipe(name: str) -> dict[str, Any]:
         ValueError: If there is no such recipe; the message has the nearest names.
     """
     if name not in RECIPES:
-        of_network = [recipe for recipe in sorted(RECIPES) if recipe.startswith(f'{name}.')]
-        near = of_network or difflib.get_close_matches(name, RECIPES, n=3, cutoff=0)
-        raise InputError(f'name must be one of the recipes, got {name!r}; the nearest are {", ".join(near)}.')
+        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0)
+        raise InputError(
+            f'name must be one of the recipes, got {name!r}; the nearest are {", ".join(near)}. A pattern such '
+            "as 'pp_resnet50.*' lists those of a network."
+        )
     network, unit, additions, base = RECIPES[name]
     recipe = {'model': network, 'model_kwargs': {**UNITS[unit][1]}, 'experiment': name, **copy.deepcopy(OPTIONS[base])}
     for addition in additions:

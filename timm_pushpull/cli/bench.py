@@ -14,7 +14,7 @@ def add_to(commands: Any) -> None:
         description="Compare time and memory of the push-pull networks with timm's plain networks and with the "
         'reference, and PRIME with its plain formulation.',
     )
-    benches = bench.add_subparsers(metavar='WHAT', title='parts (default: networks in every mode, then prime)')
+    benches = bench.add_subparsers(metavar='[WHAT]', title='parts (default: networks in every mode, then prime)')
     networks = benches.add_parser('networks', help="push-pull networks compared with timm's plain networks")
     networks.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     networks.add_argument('--torchcompile', action='store_true', help='compile the networks')
@@ -42,8 +42,9 @@ def add_to(commands: Any) -> None:
         if parser is not robustness:
             option('--img-size', type=int, metavar='N', help='side of the images, in pixels (default: 224)')
             option('--output', metavar='FILE', help='CSV file of all numbers')
-        option('--batch-size', type=int, metavar='N', help='images in a batch (default: 16; robustness: 64)')
-        option('--rounds', type=int, metavar='N', help='repetitions (default: 6; robustness: 5)')
+        batch_size, rounds = (64, 5) if parser is robustness else (16, 6)
+        option('--batch-size', type=int, metavar='N', help=f'images in a batch (default: {batch_size})')
+        option('--rounds', type=int, metavar='N', help=f'repetitions (default: {rounds})')
         option('--device', help='device of the networks (default: cpu)')
 
 

@@ -15,7 +15,11 @@ def add_to(commands: Any) -> None:
     )
     actions = hub.add_subparsers(required=True, metavar='ACTION', title='actions')
 
-    export = actions.add_parser('export', help='turn a checkpoint of train.py into a model folder')
+    export = actions.add_parser(
+        'export',
+        help='turn a checkpoint of train.py into a model folder',
+        description='Write config.json, args.yaml, model.safetensors, its SHA-256 and the model card README.md.',
+    )
     export.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint, beside the args.yaml of its run')
     export.add_argument('--name', required=True, help='ARCHITECTURE.TAG, such as pp_resnet18.pp3_in1k')
     export.add_argument('--org', metavar='NAME', help='organisation or user on the Hub, for the model card')
@@ -37,12 +41,19 @@ def add_to(commands: Any) -> None:
     export.set_defaults(run=run_export)
 
     check = actions.add_parser(
-        'check', help='check that model folders are complete and safe, and that their models run'
+        'check',
+        help='check that model folders are complete and safe, and that their models run',
+        description='Check that folders have all files, that the weights are those of the checksum and hold no pickle, '
+        'and that create_model loads and runs the models. Exit status 2 if a folder has a fault.',
     )
     check.add_argument('folders', nargs='*', metavar='FOLDER', help='model folders (default: all of this package)')
     check.set_defaults(run=run_check)
 
-    push = actions.add_parser('push', help='upload a model folder to the Hub')
+    push = actions.add_parser(
+        'push',
+        help='upload a model folder to the Hub',
+        description='Check a model folder, list what is uploaded to ORG/ARCHITECTURE.TAG, ask, and upload.',
+    )
     push.add_argument('folder', metavar='FOLDER', help='model folder, named architecture.tag')
     push.add_argument('--org', required=True, metavar='NAME', help='organisation or user on the Hub')
     push.add_argument('--private', action='store_true', help='make a new repository private')

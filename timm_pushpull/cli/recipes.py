@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         print(args.output)
     elif args.name and '*' not in args.name:
         write, train, train_in_several = recipe_commands(args.name, args.processes)
-        print(f'{write}\n{train}\n\n{train_in_several}')
+        print(f'# {list_recipes(args.name)[args.name]}\n{write}\n{train}\n\n{train_in_several}')
     else:
         recipes = list_recipes(args.name or '*')
         width = max(map(len, recipes))

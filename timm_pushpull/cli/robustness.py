@@ -84,7 +84,7 @@ def add_to(commands: Any) -> None:
         '--input-size', nargs=3, type=int, metavar='N', help='channels, height and width, such as 3 224 224'
     )
     model.add_argument(
-        '--use-train-size', action='store_true', help='train size instead of the test size; always with --stored'
+        '--use-train-size', action='store_true', help='train size instead of the test size (--stored always has it)'
     )
     model.add_argument('--crop-pct', type=positive, metavar='N', help='fraction of the image that the crop keeps')
     model.add_argument(
@@ -109,7 +109,7 @@ def add_to(commands: Any) -> None:
         type=int,
         metavar='N',
         help='measure each model twice: unchanged, and as MODEL+bnN with its running BatchNorm statistics blended with '
-        'those of each batch. N: weight of the running statistics, in images. A protocol of its own, which depends on '
+        'those of each batch. N: weight of the running statistics, in images. The errors depend on N and on '
         '--batch-size',
     )
     run_group.add_argument(

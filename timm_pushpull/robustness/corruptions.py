@@ -82,7 +82,7 @@ def import_imagecorruptions() -> ModuleType:
         import imagecorruptions
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"Generated corruptions need {error.name}: pip install 'timm-pushpull[corruptions]'", name=error.name
+            f'Generated corruptions need {error.name}: pip install imagecorruptions-imaug', name=error.name
         ) from error
     return imagecorruptions
 

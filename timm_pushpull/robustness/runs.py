@@ -177,7 +177,7 @@ def _welch(left: Sequence[float], right: Sequence[float]) -> tuple[Any, Any, Any
     try:
         from scipy.stats import ttest_ind
     except ModuleNotFoundError as error:
-        message = "Intervals of differences need scipy: pip install 'timm-pushpull[report]'"
+        message = 'Intervals of differences need scipy: pip install scipy'
         raise MissingExtraError(message, name=error.name) from error
 
     difference = np.mean(right) - np.mean(left)
