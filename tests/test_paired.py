@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from test_results import FIVE, write_results
 
+from timm_pushpull.robustness.intervals import columns_of
 from timm_pushpull.robustness.metrics import KINDS, TEST_CORRUPTIONS
 from timm_pushpull.robustness.paired import (
     checkpoint_pairs,
@@ -18,7 +19,7 @@ from timm_pushpull.robustness.store import (
     read_protocol,
     write_predictions,
 )
-from timm_pushpull.robustness.summary import columns_of, write_summary
+from timm_pushpull.robustness.summary import write_summary
 
 
 def passes(clean, by_kind):

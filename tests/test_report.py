@@ -14,6 +14,7 @@ from test_results import FIVE, write_results
 from timm_pushpull.cli import main
 from timm_pushpull.files import atomic_write
 from timm_pushpull.robustness import page, plots, summary
+from timm_pushpull.robustness.intervals import columns_of
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 from timm_pushpull.robustness.plots import (
     _style,
@@ -33,7 +34,7 @@ from timm_pushpull.robustness.store import (
     write_images,
     write_predictions,
 )
-from timm_pushpull.robustness.summary import columns_of, write_summary
+from timm_pushpull.robustness.summary import write_summary
 
 to_hex = pytest.importorskip('matplotlib.colors').to_hex
 pytest.importorskip('scipy')

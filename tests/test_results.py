@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from timm_pushpull.robustness.intervals import _interval
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS, net_error_reduction
 from timm_pushpull.robustness.store import (
     PREDICTION,
@@ -18,7 +19,6 @@ from timm_pushpull.robustness.store import (
 )
 from timm_pushpull.robustness.summary import (
     _error_rates,
-    _interval,
     baseline_row,
     not_compared,
     read_summary,

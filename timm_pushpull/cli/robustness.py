@@ -192,9 +192,9 @@ def run(args: argparse.Namespace) -> None:
 
 def print_shifts(folder: str | os.PathLike[str]) -> None:
     """Print the errors on natural shifts, one line for each model and set."""
+    from ..robustness.intervals import columns_of
     from ..robustness.paired import tenths
     from ..robustness.shifts import shift_rows
-    from ..robustness.summary import columns_of
 
     for row in shift_rows(folder):
         words = [f'{row["model"]} on {row["shift"]}, {row["images"]:,} images of {row["classes"]:,} classes:']

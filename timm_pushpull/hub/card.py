@@ -8,8 +8,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..recipes import list_recipes
 from ..registry import CHECKSUM, HUB_ORG, RECIPE, hub_configs
+from ..robustness.intervals import columns_of
 from ..robustness.metrics import HELD_OUT_CORRUPTIONS, MEASURES, TEST_CORRUPTIONS, display_name
-from ..robustness.summary import columns_of
 from ..weights import WEIGHTS
 
 __all__ = ['Evaluation', 'Rounding', 'model_card']

@@ -8,11 +8,12 @@ from typing import Any
 
 from .calibration import CALIBRATION
 from .examples import ExampleImage
+from .intervals import columns_of
 from .metrics import COMPARISONS, KINDS, MEASURES, display_name
 from .paired import CAVEAT, comparison_sentence, significance, tenths, thousandths
 from .runs import RUN_MEASURES
 from .shifts import SHIFT_MEASURES
-from .summary import baseline_row, columns_of, corruptions_of, not_compared, view_differences
+from .summary import baseline_row, corruptions_of, not_compared, view_differences
 
 __all__ = [
     'baseline_differences',

@@ -11,18 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from .intervals import columns_of, interval_columns
 from .metrics import COMPARISONS, KINDS, kind_errors
 from .store import UNREADABLE, Predictions, read_predictions, read_protocol
-from .summary import (
-    baseline_of,
-    columns_of,
-    corruptions_of,
-    interval_columns,
-    model_of,
-    read_baseline,
-    resampled_measures,
-    severities_of,
-)
+from .summary import baseline_of, corruptions_of, model_of, read_baseline, resampled_measures, severities_of
 
 __all__ = [
     'CAVEAT',

@@ -11,9 +11,10 @@ from PIL import Image
 from ..drawing import COLORS, new_figure
 from .calibration import reliability_bins
 from .examples import ExampleImage
+from .intervals import columns_of
 from .metrics import CLEAN, KINDS, TEST_CORRUPTIONS, display_name
 from .store import Predictions, readable_ranks
-from .summary import baseline_row, columns_of, corruptions_of, model_of, other_corruptions
+from .summary import baseline_row, corruptions_of, model_of, other_corruptions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,6 +15,7 @@ from ..files import atomic_write
 from . import page, plots
 from .examples import read_examples
 from .fairness import unfair_comparisons
+from .intervals import columns_of
 from .metrics import COMPARISONS
 from .paired import checkpoint_pairs, paired_differences
 from .runs import (
@@ -29,7 +30,7 @@ from .runs import (
 )
 from .shifts import shift_rows
 from .store import differences, read_predictions, read_protocol
-from .summary import baseline_of, check_baseline, columns_of, model_of, read_baseline, read_summary, summarize
+from .summary import baseline_of, check_baseline, model_of, read_baseline, read_summary, summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingExtraError
+from .intervals import columns_of
 from .metrics import KINDS, kind_errors
 from .shifts import SHIFT_MEASURES
-from .summary import columns_of, corruptions_of, model_of
+from .summary import corruptions_of, model_of
 
 __all__ = [
     'RUN_MEASURES',

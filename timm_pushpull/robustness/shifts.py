@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from .classes import same_classes
+from .intervals import interval_columns, resampled_errors
 from .metrics import CLEAN
 from .store import TOP, UNREADABLE, find_shifted, read_classes, read_predictions, read_protocol, write_csv
-from .summary import interval_columns, resampled_errors
 
 __all__ = ['SHIFT_MEASURES', 'find_clean', 'clean_name', 'shift_rows', 'write_shifts']
 

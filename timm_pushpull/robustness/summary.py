@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import InputError
 from .calibration import CALIBRATION, expected_calibration_error
+from .intervals import ENDS, columns_of, interval_columns, resampled_errors, resampled_means, rounded
 from .metrics import (
     CLEAN,
     COMPARISONS,
@@ -43,16 +44,13 @@ __all__ = [
     'baseline_of',
     'baseline_row',
     'check_baseline',
-    'columns_of',
     'corruptions_of',
-    'interval_columns',
     'measures_of',
     'model_of',
     'not_compared',
     'other_corruptions',
     'read_baseline',
     'read_summary',
-    'resampled_errors',
     'resampled_measures',
     'severities_of',
     'summarize',
@@ -61,24 +59,9 @@ __all__ = [
     'write_summary',
 ]
 
-RESAMPLES = 1000
 FEWEST_ERRORS = 20  # of a baseline: a ratio to fewer errors depends on luck
-ENDS = ('_low', '_high')  # of an interval
 NEVER_EMPTY = ('model', 'img_size', 'param_count', 'crop_pct', 'interpolation', 'unreadable')
 TEXT_COLUMNS = ('model', 'interpolation', 'severities', 'baseline')
-
-
-def columns_of(measure: str) -> tuple[str, str, str]:
-    """Name the columns of a row that hold a measure.
-
-    Args:
-        measure: ``'E'``, ``'CE_...'`` or a mean.
-
-    Returns:
-        Columns of the value and of the low and the high end of its interval.
-    """
-    low, high = ENDS
-    return measure, f'{measure}{low}', f'{measure}{high}'
 
 
 def measures_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -370,23 +353,6 @@ def resampled_measures(
     return {name: _measures(rates[name], None, severities, others, data) for name in predictions}
 
 
-def interval_columns(measure: str, values: np.ndarray | None) -> dict[str, float | str]:
-    """Return the columns of a row that hold a measure and its 95% interval.
-
-    Args:
-        measure: Name of the measure.
-        values: Value on the images, then on each resample of the images, if there are any; None if the measure cannot
-            be computed.
-
-    Returns:
-        The columns of :func:`columns_of`, rounded to three decimals; '' where there is no finite number.
-    """
-    numbers = (
-        [None] * 3 if values is None else [values[0], *(_interval(values[1:]) if len(values) > 1 else (None, None))]
-    )
-    return dict(zip(columns_of(measure), map(_rounded, numbers), strict=True))
-
-
 def view_differences(rows: Sequence[Mapping[str, Any]]) -> str:
     """Say how the models see the images, if they do not all see them in the same way.
 
@@ -414,16 +380,6 @@ def not_compared(rows: Sequence[Mapping[str, Any]]) -> str:
     alone = [model for model in models if baseline and not baseline_of(model, baseline, models)]
     missing = ', '.join(f'{model} (no {_same_run(baseline, model)})' for model in alone)
     return f'Without {" and ".join(COMPARISONS)}: {missing}.' if missing else ''
-
-
-def _interval(resampled: np.ndarray) -> np.ndarray:
-    # A ratio to a baseline without errors is infinite; such a resample counts as the worst.
-    return np.percentile(np.nan_to_num(resampled, nan=np.inf, posinf=np.inf), (2.5, 97.5), method='nearest')
-
-
-def _rounded(number: float | None) -> float | str:
-    """Round to three decimals; '' for None and for an infinite number."""
-    return '' if number is None or not np.isfinite(number) else round(float(number), 3)
 
 
 class _Rates(NamedTuple):
@@ -455,44 +411,13 @@ def _error_rates(predictions: Predictions) -> dict[str, _Rates]:
     return by_model
 
 
-def resampled_errors(ranks: np.ndarray, top: int | Sequence[int] = 1, seed: int = 0) -> np.ndarray:
-    """Compute error rates on the images and on 1,000 resamples of the images.
-
-    Args:
-        ranks: Rank of the right class, (images, columns). Unreadable images count neither as images nor as errors.
-        top: A prediction is right if the right class is among this many of the highest logits: one number, or one for
-            each column.
-        seed: Seed of the resamples. Equal seeds give the same resamples of equally many images.
-
-    Returns:
-        Array (1 + 1000, columns): the error rate of each column, in [0, 1], then its rate on each resample.
-    """
-    readable = ranks != UNREADABLE
-    wrong = readable & (ranks >= np.array(top))
-    return _resampled_means(wrong.astype(np.float32), readable.astype(np.float32), seed)
-
-
-def _resampled_means(values: np.ndarray, counted: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return the mean of each column over the images that count, then on each resample of them, (1 + 1000, columns)."""
-    images, generator = len(values), np.random.default_rng(seed)
-    draws = [np.arange(images)[None]]
-    draws += [generator.integers(images, size=(RESAMPLES // 20, images)) for _ in range(20)]
-    with np.errstate(divide='ignore', invalid='ignore'):
-        return np.concatenate([_resampled_rates(draw, values, counted) for draw in draws])
-
-
-def _resampled_rates(draws: np.ndarray, values: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    counts = np.stack([np.bincount(draw, minlength=draws.shape[1]) for draw in draws]).astype(np.float32)
-    return np.divide(counts @ values, counts @ counted, dtype=np.float64)
-
-
 def _accuracy(clean: np.ndarray | None) -> dict[str, Any]:
     columns = ('top1', 'top1_err', 'top5', 'top5_err')
     if clean is None:
         return dict.fromkeys(columns, '')
     ranks = readable_ranks(clean)
     top1, top5 = 100 * np.mean(ranks == 0), 100 * np.mean(ranks < TOP)
-    return dict(zip(columns, map(_rounded, (top1, 100 - top1, top5, 100 - top5)), strict=True))
+    return dict(zip(columns, map(rounded, (top1, 100 - top1, top5, 100 - top5)), strict=True))
 
 
 def _measures(
@@ -542,7 +467,7 @@ def _calibration(passes: Mapping[tuple[str, int], np.ndarray], severities: Seque
         measures[f'{prefix}ECE'] = np.array([100 * np.mean(errors)])
         for name in ('NLL', 'Brier'):
             values = np.where(readable, np.stack([array[name.lower()] for array in arrays], 1), 0)
-            measures[f'{prefix}{name}'] = _resampled_means(values, readable.astype(np.float32)).mean(1)
+            measures[f'{prefix}{name}'] = resampled_means(values, readable.astype(np.float32)).mean(1)
     return measures
 
 
