@@ -61,11 +61,10 @@ class PushPullConv2d(nn.Conv2d):
         padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
         avg_pool_size: Side of the window that averages the pull response, an odd number of output pixels; 0 for no
             averaging.
-        alpha: Inhibition strength, a finite number. For a trainable alpha: its initial value, one number or one for
-            each output channel (O,), or None to draw the values uniformly from [0, 1).
-        trainable_alpha: Make alpha a parameter of shape (O,). A fixed alpha is no
-            parameter; the state dict holds it in ``settings``.
-        pull_kernel: ``'inverted'`` for the paper's K, ``'negated'`` for :math:`K_o = -W_o`.
+        alpha: Inhibition strength, one finite number. For a trainable alpha its initial value, one number or one for
+            each output channel (O,); None draws it uniformly from [0, 1).
+        trainable_alpha: Train one alpha for each output channel; False keeps the given number, in ``settings``.
+        pull_kernel: ``'inverted'`` for the paper's K, or ``'negated'`` for :math:`K_o = -W_o`.
         device: Device of the parameters.
         dtype: Data type of the parameters.
         implementation: ``'auto'``, ``'fast'``, ``'one_convolution'`` or ``'reference'``, see

@@ -39,8 +39,8 @@ def convert_to_push_pull(
         model: Model made by ``timm.create_model``, with or without ``features_only``; it is changed in place.
         avg_pool_size: Side of the window that averages the pull response, an odd number of output pixels; 0 for no
             averaging.
-        alpha: Inhibition strength, one number or one for each output channel. For a trainable alpha its initial value;
-            None draws it uniformly from [0, 1).
+        alpha: Inhibition strength, one number. For a trainable alpha its initial value, one number or one for each
+            output channel; None draws it uniformly from [0, 1).
         trainable_alpha: Train one alpha for each output channel; False keeps the given number.
         pull_kernel: 'inverted' for the paper's kernel, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
 

@@ -101,14 +101,16 @@ def create_push_pull(
         pretrained_cfg_overlay: Fields that replace fields of the cfg.
         cache_dir: Cache of the downloads.
         push_pull: False keeps the plain convolution, for a baseline.
-        avg_pool_size: Side of the averaging window, an odd number of pixels of the unit's output, or 0.
-        alpha: Inhibition strength, or the initial value of a trainable one; None draws it from [0, 1), or takes 0.5
-            where the weights of the base are loaded.
-        trainable_alpha: Train one alpha for each output channel.
-        pull_kernel: 'inverted' or 'negated'.
+        avg_pool_size: Side of the window that averages the pull response, an odd number of output pixels; 0 for no
+            averaging.
+        alpha: Inhibition strength, one number. For a trainable alpha its initial value, one number or one for each
+            output channel; None draws it uniformly from [0, 1), or takes 0.5 where timm's weights are loaded.
+        trainable_alpha: Train one alpha for each output channel; False keeps the given number.
+        pull_kernel: 'inverted' for the paper's kernel, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
         contrast_norm: Give each image mean 0 and standard deviation 1 before the first convolution.
-        augment: 'prime' augments each batch with PRIME in training mode.
-        augment_splits: Number of ``train.py --aug-splits``, whose first split stays clean; 1 without it.
+        augment: 'prime' augments each batch with :class:`~timm_pushpull.PRIME` in training mode, with the settings for
+            ImageNet; None for no augmentation.
+        augment_splits: Number of ``train.py --aug-splits``, whose first split ``augment`` leaves clean; 1 without it.
         **kwargs: Other arguments of timm's network (``num_classes``, ``in_chans``, ``features_only``, ...).
 
     Returns:

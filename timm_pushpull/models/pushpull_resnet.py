@@ -51,11 +51,11 @@ class PushPullResNet(ResNet):
     Args:
         *args: Arguments of timm's ``ResNet``.
         push_pull: Use the push-pull unit; False keeps the plain convolution, for a baseline.
-        avg_pool_size: Side of the window that averages the pull response, an odd number of pixels of the stem's
-            output; 0 for no averaging.
-        alpha: Inhibition strength, one number or one for each of the 64 channels of the stem. For a trainable alpha its
-            initial value; None draws it uniformly from [0, 1).
-        trainable_alpha: Train one alpha for each channel of the stem; False keeps the given number.
+        avg_pool_size: Side of the window that averages the pull response, an odd number of output pixels; 0 for no
+            averaging.
+        alpha: Inhibition strength, one number. For a trainable alpha its initial value, one number or one for each
+            output channel; None draws it uniformly from [0, 1), or takes 0.5 where timm's weights are loaded.
+        trainable_alpha: Train one alpha for each output channel; False keeps the given number.
         pull_kernel: 'inverted' for the paper's kernel, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
         stem_type: '', 'deep' or 'deep_tiered', as for timm's ``ResNet``, or 'cifar' for images of about 32x32: a 3x3
             convolution of stride 1 and no max-pool. Every feature map then has four times the side.
