@@ -11,6 +11,8 @@ import timm
 import torch
 from conftest import REPOSITORY, save_plain
 from PIL import Image
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo
 
 from timm_pushpull.cli import build_parser
 from timm_pushpull.recipes import list_recipes
@@ -76,8 +78,11 @@ def test_python_runs(hub, tmp_path):
 
 
 def test_the_program_of_the_starts_runs(tmp_path):
-    """The program behind the table of timm's weights, on a few images and with random weights."""
-    (program,) = blocks('hub_configs/README.md', 'python')
+    """The programs behind the table of timm's weights and the initial weights, on a few images, with random weights."""
+    starts, program = blocks('hub_configs/README.md', 'python')
+    names = ImageNetInfo().label_names()[::50]
+    for name in names:
+        (tmp_path / 'IMAGES' / 'val' / name).mkdir(parents=True)
     torch.save(timm.create_model('tf_efficientnet_lite0').state_dict(), tmp_path / 'LITE0')
     for index, name in enumerate(
         ['ILSVRC2012_val_1.png', 'ILSVRC2012_val_2.png', 'n01440764_1.png', 'n01440764_2.png']
@@ -85,8 +90,16 @@ def test_the_program_of_the_starts_runs(tmp_path):
         path = tmp_path / 'IMAGENETTE' / 'train' / 'n01440764' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (64, 48), (50 * index, 20, 200)).save(path)
-    printed = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = [sys.executable, '-c', f'{program}\n{starts}']
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     plain, inverted, negated = (line.split() for line in printed.stdout.splitlines())
     assert [plain[0], inverted[0], negated[0]] == ['plain', 'inverted', 'negated'] and len(inverted) == len(
         negated
     ) == 3
+    initial = load_file(tmp_path / 'negated.safetensors')
+    full = torch.load(tmp_path / 'LITE0', weights_only=True)
+    assert (
+        torch.equal(initial['classifier.bias'], full['classifier.bias'][::50])
+        and (initial['conv_stem.alpha'] == 1).all()
+    )
+    assert torch.equal(initial['conv_stem.weight'], full['conv_stem.weight'])
