@@ -18,7 +18,7 @@ def add_to(commands: Any) -> None:
         'name',
         nargs='?',
         metavar='NAME',
-        help='recipe, such as pp_resnet50.pp3_prime_in1k, or a pattern with wildcards',
+        help='recipe, such as pp_resnet50.pp3_prime_in1k, or a pattern with *',
     )
     parser.add_argument('--output', metavar='FILE', help='write the recipe to this file, for train.py --config')
     parser.add_argument(

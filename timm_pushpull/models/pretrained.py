@@ -18,10 +18,10 @@ from ..weights import fetch_weights
 
 __all__ = [
     'HUB_MODELS',
+    'initial_unit_state',
     'locate_weights',
     'plain_cfgs',
     'restore_sources',
-    'initial_unit_state',
     'warn_to_fine_tune',
     'weights_name',
 ]

@@ -17,7 +17,7 @@ from ..fields import TRAINING_OPTIONS, check_fields, read_mapping
 from ..layers.push_pull import PushPullConv2d
 from .classes import check_not_training
 
-__all__ = ['load_model', 'load_models', 'open_dataset', 'as_input_error']
+__all__ = ['as_input_error', 'load_model', 'load_models', 'open_dataset']
 
 
 def open_dataset(

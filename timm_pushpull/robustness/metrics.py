@@ -20,12 +20,12 @@ __all__ = [
     'SEVERITIES',
     'TEST_CORRUPTIONS',
     'corruption_error',
+    'display_name',
     'kind_errors',
     'net_error_reduction',
     'normalized_mce',
     'plain_mce',
     'relative_mce',
-    'display_name',
 ]
 
 # Top-1 corruption errors of AlexNet on ImageNet-C: the divisors in Hendrycks and Dietterich's mCE.

@@ -19,12 +19,12 @@ from .summary import baseline_of, corruptions_of, model_of, read_baseline, resam
 __all__ = [
     'CAVEAT',
     'checkpoint_pairs',
+    'comparison_sentence',
     'paired_differences',
     'read_comparisons',
     'significance',
     'tenths',
     'thousandths',
-    'comparison_sentence',
 ]
 
 CAVEAT = 'This compares single checkpoints: other training runs may differ.'

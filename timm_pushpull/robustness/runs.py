@@ -19,10 +19,10 @@ __all__ = [
     'RUN_MEASURES',
     'Runs',
     'difference_of_means',
-    'parse_pairs',
-    'group_runs',
     'differences_from_baseline',
+    'group_runs',
     'means_over_runs',
+    'parse_pairs',
     'select_runs',
     'shift_means_over_runs',
 ]

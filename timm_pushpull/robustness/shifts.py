@@ -11,7 +11,7 @@ from .intervals import interval_columns, resampled_errors
 from .metrics import CLEAN
 from .store import TOP, UNREADABLE, find_shifted, read_classes, read_predictions, read_protocol, write_csv
 
-__all__ = ['SHIFT_MEASURES', 'find_clean', 'clean_name', 'shift_rows', 'write_shifts']
+__all__ = ['SHIFT_MEASURES', 'clean_name', 'find_clean', 'shift_rows', 'write_shifts']
 
 SHIFT_MEASURES = {
     'top1_err': 'top-1 error on the shifted images, %',
