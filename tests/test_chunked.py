@@ -1,11 +1,14 @@
 """The fast version against the reference: as accurate in every precision, and transparent to autograd and compilers."""
 
 import copy
+import functools
 import shutil
 
 import pytest
 import torch
 from accuracy import FLOOR, GEOMETRIES, PRECISIONS, Errors, draw, output_and_grads
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_pushpull import PushPullConv2d, push_pull_conv2d
 from timm_pushpull.ops import chunked, custom_op, push_pull
@@ -66,6 +69,29 @@ def test_what_runs_where(monkeypatch):
     assert not runs(reference, x)
     with pytest.raises(ValueError, match="implementation must be 'auto', .*, got 'quick'"):
         push_pull_conv2d(x, reference.weight, 1.0, implementation='quick')
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'one_convolution'])
+def test_gradients_on_a_gpu_avoid_channels_last_averages(implementation):
+    """Whose gradient is wrong on a GPU, see https://github.com/pytorch/pytorch/issues/188344."""
+    averaged = []
+
+    class Averages(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.avg_pool2d.default:
+                averaged.append(args[0].is_contiguous())
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Averages():
+        x = torch.empty(2, 6, 19, 15, device='cuda').to(memory_format=torch.channels_last).requires_grad_()
+        weight = torch.empty(16, 3, 7, 7, device='cuda', requires_grad=True)
+        call = functools.partial(push_pull_conv2d, x, weight, 1.0, groups=2, implementation=implementation)
+        assert call().is_contiguous(memory_format=torch.channels_last)
+        assert averaged and all(averaged)
+        averaged.clear()
+        with torch.no_grad():
+            call()
+        assert averaged and not all(averaged)  # no copy where there is no gradient
 
 
 def test_mixed_precisions_are_refused_as_by_a_convolution():

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from .reference import PullKernel, kernel_offsets
+from .reference import PullKernel, average, kernel_offsets
 
 __all__ = [
     'compute_dtype',
@@ -154,18 +154,18 @@ def one_convolution(
     with torch.autocast(input.device.type, enabled=False):
         kernels, mean = subtract_mean(weight, c, conv_dtype(weight, dtype))
         push = F.conv2d(input.to(kernels.dtype), kernels, **conv)
-        average = _average(push, window).to(alpha.dtype)
+        average_push = _average(push, window).to(alpha.dtype)
         sums = _sums(input.to(alpha.dtype).unflatten(1, (groups, -1)).sum(2), weight.shape[2:], geometry)
         average_sums = _average(sums, window)
         if groups > 1:  # else they are broadcast
             sums, average_sums = (x.repeat_interleave(len(c) // groups, 1) for x in (sums, average_sums))
         mean, c_less_mean, strength = (x.to(alpha.dtype).view(-1, 1, 1) for x in (mean, c - mean, alpha))
         push = push.to(alpha.dtype) + mean * sums
-        return (F.relu(push) - strength * F.relu(c_less_mean * average_sums - average)).to(dtype)
+        return (F.relu(push) - strength * F.relu(c_less_mean * average_sums - average_push)).to(dtype)
 
 
 def _average(maps: Tensor, window: int) -> Tensor:
-    return maps if window == 1 else F.avg_pool2d(maps, window, 1, window // 2, count_include_pad=False)
+    return maps if window == 1 else average(maps, window)
 
 
 def _sums(channel_sums: Tensor, kernel_size: Sequence[int], geometry: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ else:
 
     PullKernel = str
 
-__all__ = ['PullKernel', 'kernel_offsets', 'pull_kernels', 'push_pull_conv2d_reference']
+__all__ = ['PullKernel', 'average', 'kernel_offsets', 'pull_kernels', 'push_pull_conv2d_reference']
 
 
 def kernel_offsets(weight: Tensor, pull_kernel: PullKernel = 'inverted') -> Tensor:
@@ -50,6 +50,22 @@ def pull_kernels(weight: Tensor, pull_kernel: PullKernel = 'inverted') -> Tensor
     # In half precision all elements would share the rounding error of max + min, which does not average out.
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return (kernel_offsets(wide, pull_kernel) - wide).to(weight.dtype)
+
+
+def average(maps: Tensor, window: int) -> Tensor:
+    """Average over a window around each pixel, of what lies inside the map.
+
+    Args:
+        maps: Maps (N, C, H, W), or (C, H, W).
+        window: Side of the window, an odd number of pixels.
+
+    Returns:
+        Maps of the same shape and data type.
+    """
+    if maps.is_cuda and maps.requires_grad:
+        # In channels_last, PyTorch's gradient is wrong before https://github.com/pytorch/pytorch/pull/188345
+        maps = maps.contiguous()
+    return F.avg_pool2d(maps, window, 1, window // 2, count_include_pad=False)
 
 
 def push_pull_conv2d_reference(
@@ -96,7 +112,7 @@ def push_pull_conv2d_reference(
     push = F.conv2d(input, weight, None, stride, padding, dilation, groups)
     pull = F.conv2d(input, pull_kernels(weight, pull_kernel), None, stride, padding, dilation, groups)
     if avg_pool_size > 0:
-        pull = F.avg_pool2d(pull, avg_pool_size, 1, avg_pool_size // 2, count_include_pad=False)
+        pull = average(pull, avg_pool_size)
     if isinstance(alpha, Tensor):
         inhibition = alpha.view(-1, 1, 1) * F.relu(pull)
     else:
