@@ -30,8 +30,7 @@ def bench_networks(
 ) -> Iterator[Comparison]:
     """Compare push-pull networks with timm's plain networks, in inference and training.
 
-    The stem (convolution, BatchNorm, ReLU and max-pool) of the first network is compared alone too. On a GPU this
-    measures the kernels of :mod:`timm_pushpull.ops.triton`, which are off there by default.
+    The stem (convolution, BatchNorm, ReLU and max-pool) of the first network is compared alone too.
 
     Args:
         networks: Names of timm's plain networks; ``pp_`` and the name is the push-pull network.

@@ -105,7 +105,9 @@ def compare(
     Returns:
         The comparison.
     """
-    memory = {name: peak_bytes(call, device) for name, call in calls.items()}  # also the warm-up
+    memory = {name: peak_bytes(call, device) for name, call in calls.items()}
+    for call in calls.values():  # the first round on an idle GPU took twice as long as the others
+        seconds(call, device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for _ in tqdm(range(rounds), desc=' '.join((what, use, memory_format)), leave=False):
