@@ -71,6 +71,22 @@ def test_what_runs_where(monkeypatch):
         push_pull_conv2d(x, reference.weight, 1.0, implementation='quick')
 
 
+@pytest.mark.parametrize('works', [False, True])
+def test_what_runs_on_a_gpu(works, monkeypatch):
+    monkeypatch.setattr(push_pull, '_triton_works', lambda device: works)
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 3, 9, 9, device='cuda'), torch.empty(4, 3, 3, 3, device='cuda')
+        assert push_pull.use_fast('auto', x, weight) == works
+        assert not push_pull.use_fast('auto', x, weight.cpu())
+        assert not push_pull.use_fast('auto', x.half(), weight.half())
+        monkeypatch.setattr(torch, 'is_autocast_enabled', lambda device: device == 'cuda')  # needs a GPU
+        assert push_pull.use_fast('auto', x.bfloat16(), weight) == works
+        assert not push_pull.use_fast('auto', x.double(), weight)
+        assert not push_pull.use_fast('auto', x, weight.bfloat16())
+        monkeypatch.setattr(torch.version, 'hip', '6.4')
+        assert not push_pull.use_fast('auto', x, weight)
+
+
 @pytest.mark.parametrize('implementation', ['reference', 'one_convolution'])
 def test_gradients_on_a_gpu_avoid_channels_last_averages(implementation):
     """Whose gradient is wrong on a GPU, see https://github.com/pytorch/pytorch/issues/188344."""

@@ -1,5 +1,7 @@
 """The push-pull convolution for users: checks its arguments and decides which implementation runs."""
 
+import functools
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -57,8 +59,7 @@ def push_pull_conv2d(
         implementation:
             - ``'reference'``: the equation as written;
             - ``'fast'``: the faster version of the device;
-            - ``'one_convolution'``: the arithmetic of the faster versions in PyTorch operations, for ``torch.compile``
-              on a GPU without Triton's kernels;
+            - ``'one_convolution'``: the arithmetic of the faster versions in PyTorch operations;
             - ``'auto'``: ``'fast'`` where :func:`use_fast` allows it, otherwise ``'reference'``.
 
     Returns:
@@ -104,10 +105,10 @@ def use_fast(implementation: Implementation, input: Tensor, weight: Tensor) -> b
 
     Returns:
         For ``'auto'``:
-        - True for batches on a CPU, eager or compiled;
+        - True for batches on a CPU, and for batches and float32 weights on an NVIDIA GPU where Triton works, eager or
+          compiled;
         - False where a program is traced or exported;
-        - False under ``vmap`` and forward-mode AD, which need each step of the equation;
-        - False on a GPU, whose kernels (:mod:`timm_pushpull.ops.triton`) have not run on a GPU yet.
+        - False under ``vmap`` and forward-mode AD, which need each step of the equation.
 
     Raises:
         ValueError: If there is no such implementation.
@@ -125,11 +126,37 @@ def use_fast(implementation: Implementation, input: Tensor, weight: Tensor) -> b
         return False
     elif torch.autograd.forward_ad._current_level >= 0:
         return False
-    if input.dim() != 4 or not input.device.type == weight.device.type == 'cpu' or not input.is_floating_point():
+    device = input.device.type
+    if device not in ('cpu', 'cuda') or input.device != weight.device:
         return False
-    if torch.is_autocast_enabled('cpu'):
-        return torch.float64 not in (input.dtype, weight.dtype)
-    return input.dtype == weight.dtype
+    if input.dim() != 4 or not input.is_floating_point():
+        return False
+    if torch.is_autocast_enabled(device):
+        if torch.float64 in (input.dtype, weight.dtype):
+            return False
+    elif input.dtype != weight.dtype:
+        return False
+    if device == 'cpu':
+        return True
+    if weight.dtype != torch.float32 or torch.version.hip:  # never tried on AMD
+        return False
+    return torch.compiler.is_compiling() or _triton_works(input.device)  # a compiler for the GPU needs Triton itself
+
+
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    """Tell whether Triton builds and runs kernels on a GPU: it may lack a C compiler, or the GPU be too old."""
+    x, one = torch.zeros(1, 1, 3, 3, device=device), torch.ones(1, device=device)
+    try:
+        from . import triton
+
+        triton.push_pull(x, x, one.double(), one, [1, 1, 1, 1, 1, 1, 1, 3], x.dtype)
+    except Exception as error:
+        reason = f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0]
+        message = f'push-pull convolutions run the slower reference: Triton fails on {device} ({reason}).'
+        warnings.warn(message, stacklevel=2)
+        return False
+    return True
 
 
 def check_avg_pool_size(avg_pool_size: int) -> None:

@@ -48,7 +48,7 @@ def push_pull(
     Returns:
         Response (N, O, H', W').
     """
-    with torch.autocast('cuda', enabled=False):
+    with torch.cuda.device_of(input), torch.autocast('cuda', enabled=False):  # Triton runs on the current GPU
         responses = _Responses(input, weight, c, alpha, geometry, dtype)
         output = torch.empty_like(responses.centred, dtype=dtype)
         responses.launch(_combine, output)
@@ -78,7 +78,7 @@ def push_pull_backward(
     Returns:
         Gradients of input (empty where it is not needed), weight, c and alpha.
     """
-    with torch.autocast('cuda', enabled=False):
+    with torch.cuda.device_of(input), torch.autocast('cuda', enabled=False):
         responses = _Responses(input, weight, c, alpha, geometry, grad_output.dtype)
         grad_output = grad_output.contiguous(memory_format=responses.memory_format)
         grad_pull, grad_push = torch.empty_like(responses.centred), torch.empty_like(responses.centred)
