@@ -14,7 +14,7 @@ args = parser.parse_args()
 
 tests = ['tests/test_gpu.py'] if args.toy else ['tests/test_gpu.py', 'tests/test_triton.py']
 assert args.toy or torch.cuda.is_available(), 'PyTorch finds no GPU: use --toy'
-options = ['-q', '-n', '0', '-p', 'no:cacheprovider', '-m', 'not slow', '--tb=short', '-rs']
+options = ['-q', '-n', '0' if args.toy else '8', '-p', 'no:cacheprovider', '-m', 'not slow', '--tb=short', '-rs']
 report = args.output / 'correctness.xml'
 status = pytest.main([*options, f'--junitxml={report}', *tests])
 (args.output / 'correctness.txt').write_text(f'correctness: {status.name}, details in {report.name}\n')

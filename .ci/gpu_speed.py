@@ -16,7 +16,7 @@ parser.add_argument('--output', type=Path)
 parser.add_argument('--toy', action='store_true')
 args = parser.parse_args()
 DEVICE = 'cpu' if args.toy else 'cuda'
-SIZE = dict(batch_size=2, img_size=32, rounds=1) if args.toy else dict(batch_size=256, img_size=224, rounds=5)
+SIZE = dict(batch_size=2, img_size=32, rounds=1) if args.toy else dict(batch_size=256, img_size=224, rounds=9)
 lines: list[str] = []
 found: list = []
 floor: dict[tuple[str, str], float] = {}  # seconds of the stem's unit, by precision and use
