@@ -165,3 +165,5 @@ def test_the_clean_split_stays_clean():
     for splits in (0, 2.5, '3'):
         with pytest.raises(ValueError, match='augment_splits must be a positive integer'):
             timm.create_model('pp_resnet18', augment='prime', augment_splits=splits)
+    with pytest.raises(ValueError, match="augment_splits=2 needs an augmentation: give augment='prime' too"):
+        timm.create_model('pp_resnet18', augment_splits=2)

@@ -128,6 +128,7 @@ def test_augment():
         (dict(base='csatv2'), 'csatv2 cannot be converted: timm names no first convolution'),
         (dict(base=BASE, push_pull='no'), "push_pull must be True or False, got 'no'"),
         (dict(base=BASE, augment='mix'), "augment must be 'prime' or None, got 'mix'"),
+        (dict(base=BASE, augment_splits=3), 'augment_splits=3 needs an augmentation'),
         (dict(base=BASE, avg_pool_size=2), 'avg_pool_size must be'),
     ],
 )

@@ -121,7 +121,7 @@ def create_push_pull(
         OSError: If the weights cannot be downloaded.
         RuntimeError: If the weights are damaged, or those of another network or of other settings.
     """
-    check_arguments(push_pull, contrast_norm, augment)
+    check_arguments(push_pull, contrast_norm, augment, augment_splits)
     network, _, tag = base.partition('.') if isinstance(base, str) else ('', '', '')
     if not is_model(network) or network.startswith('pp_'):
         raise InputError(f'base must be a plain network of timm, such as convnext_tiny.fb_in1k, got {base!r}.')

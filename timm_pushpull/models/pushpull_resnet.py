@@ -91,7 +91,7 @@ class PushPullResNet(ResNet):
         augment_splits: int = 1,
         **kwargs: Any,
     ) -> None:
-        check_arguments(push_pull, contrast_norm, augment)
+        check_arguments(push_pull, contrast_norm, augment, augment_splits)
         if isinstance(aa_layer, str):
             aa_layer = _aa_layer(aa_layer)
         cifar = stem_type == 'cifar'
