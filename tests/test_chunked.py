@@ -98,10 +98,13 @@ def test_gradients_on_a_gpu_avoid_channels_last_averages(implementation):
                 averaged.append(args[0].is_contiguous())
             return function(*args, **(kwargs or {}))
 
-    with FakeTensorMode(), Averages():
-        x = torch.empty(2, 6, 19, 15, device='cuda').to(memory_format=torch.channels_last).requires_grad_()
-        weight = torch.empty(16, 3, 7, 7, device='cuda', requires_grad=True)
-        call = functools.partial(push_pull_conv2d, x, weight, 1.0, groups=2, implementation=implementation)
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    x = torch.randn(2, 6, 19, 15).to(memory_format=torch.channels_last).as_subclass(OnGpu).requires_grad_()
+    weight = torch.randn(16, 3, 7, 7, requires_grad=True)
+    call = functools.partial(push_pull_conv2d, x, weight, 1.0, groups=2, implementation=implementation)
+    with Averages():
         assert call().is_contiguous(memory_format=torch.channels_last)
         assert averaged and all(averaged)
         averaged.clear()
