@@ -75,7 +75,7 @@ def test_compiled_network(implementation, amp):
         model.conv1.implementation = way
         found.append(loss_and_grads(model, images, amp))
     errors.add(*found, expected)
-    errors.check(floor=0.05)
+    errors.check(floor=0.01)
 
 
 def test_ddp_of_one_process(tmp_path):
