@@ -113,6 +113,28 @@ def test_networks_take_its_name(settings, tmp_path):
         assert json.loads((tmp_path / 'config.json').read_text())['model_args']['push_pull'] is False
 
 
+@pytest.mark.parametrize('feature_cls', ['list', 'hook', 'getter'])
+@pytest.mark.parametrize('name', ['pp_resnet18', 'pp_resnet18_cifar', 'pp_convnext_atto'])
+def test_feature_extractors_augment(name, feature_cls):
+    models = []
+    for augment in ({'augment': 'prime', 'augment_splits': 2}, {}):
+        torch.manual_seed(0)
+        models.append(timm.create_model(name, features_only=True, feature_cls=feature_cls, **augment))
+    model, plain = models
+    assert list(model.state_dict()) == list(plain.state_dict())
+    cfg = model.pretrained_cfg
+    normalized = batch(cfg['mean'], cfg['std'])[1].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(model.eval()(normalized), plain.eval()(normalized))
+    seen = []
+    for each in models:
+        next(m for m in each.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(
+            lambda _, args: seen.append(args[0])
+        )
+        each.train()(normalized)
+    assert torch.equal(seen[0][:2], normalized[:2]) and torch.equal(seen[1], normalized)
+    assert not torch.allclose(seen[0][2:], normalized[2:])
+
+
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="augment must be 'prime' or None, got 'cutout'"):
         timm.create_model('pp_resnet18', augment='cutout')

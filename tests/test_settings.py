@@ -92,6 +92,19 @@ def test_plain_networks_have_no_settings_and_exchange_weights_with_timm():
         plain.load_state_dict(create(alpha=1.0, trainable_alpha=False).state_dict())
 
 
+@pytest.mark.parametrize('settings', [dict(contrast_norm=True), dict(aa_layer='blur')], ids=str)
+@pytest.mark.parametrize('feature_cls', ['list', 'hook'])
+def test_feature_extractors_have_the_settings(feature_cls, settings):
+    trained, other = (
+        timm.create_model(NAME, features_only=True, feature_cls=feature_cls, **each) for each in (settings, {})
+    )
+    with pytest.raises(RuntimeError, match=f'trained with {next(iter(settings))}=.*, the model has no'):
+        other.load_state_dict(trained.state_dict())
+    timm.create_model(NAME, features_only=True, feature_cls=feature_cls, **settings).load_state_dict(
+        trained.state_dict()
+    )
+
+
 def test_the_error_says_how_to_load_all_the_same():
     state_dict = create(avg_pool_size=5).state_dict()
     with pytest.raises(RuntimeError, match="delete 'conv1.settings' from the state dict"):

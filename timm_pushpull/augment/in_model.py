@@ -16,7 +16,9 @@ def augment_in_training(model: nn.Module, augmentation: nn.Module, splits: int =
 
     The mean and std are those of ``model.pretrained_cfg``, which timm's loaders use. The first batch is checked: with
     this mean and std it must consist of 8-bit pixels. Evaluation mode, modules and state dict stay as they are.
-    ``torch.jit.script`` refuses such a model: script a model without the augmentation.
+    Methods such as ``forward_features``, called without the model around them, do not augment: timm's
+    ``FeatureDistillationTask`` does so with its student. ``torch.jit.script`` refuses such a model: script a model
+    without the augmentation.
 
     Args:
         model: Model of timm.

@@ -111,12 +111,7 @@ class PushPullResNet(ResNet):
         self.contrast_norm = contrast_norm
         if contrast_norm:
             add_contrast_norm(self.conv1)
-        settings: dict[str, Any] = {'contrast_norm': True} if contrast_norm else {}
-        if aa_layer is not None:
-            settings['aa_layer'] = getattr(aa_layer, '__name__', repr(aa_layer))
-        guard_settings(self, settings)
-        if augment == 'prime':
-            augment_in_training(self, PRIME.cifar() if cifar else PRIME.imagenet(), augment_splits)
+        _guard_and_augment(self, contrast_norm, aa_layer, augment, augment_splits, cifar)
 
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -162,6 +157,23 @@ class PushPullResNet(ResNet):
         # Renamed here too, because timm's `--initial-checkpoint` calls no filter function.
         rename_original(state_dict, self, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _guard_and_augment(
+    model: nn.Module,
+    contrast_norm: bool = False,
+    aa_layer: str | type[nn.Module] | None = None,
+    augment: str | None = None,
+    augment_splits: int = 1,
+    cifar: bool = False,
+) -> None:
+    settings: dict[str, Any] = {'contrast_norm': True} if contrast_norm else {}
+    if aa_layer is not None:
+        layer = _aa_layer(aa_layer) if isinstance(aa_layer, str) else aa_layer
+        settings['aa_layer'] = getattr(layer, '__name__', repr(layer))
+    guard_settings(model, settings)
+    if augment == 'prime':
+        augment_in_training(model, PRIME.cifar() if cifar else PRIME.imagenet(), augment_splits)
 
 
 def _aa_layer(name: str) -> type[nn.Module]:
@@ -267,6 +279,10 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
         **kwargs,
     )
     restore_sources(model, resolved)
+    if not isinstance(model, PushPullResNet):  # features_only: timm takes the layers out of the network
+        names = ('contrast_norm', 'aa_layer', 'augment', 'augment_splits')
+        arguments = {name: kwargs[name] for name in names if name in kwargs}
+        _guard_and_augment(model, **arguments, cifar=kwargs.get('stem_type') == 'cifar')
     return model
 
 
