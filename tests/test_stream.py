@@ -29,9 +29,8 @@ class Stream(IterableDataset):
     """Six images of three classes, as timm's streams give them."""
 
     def __init__(self, targets=TARGETS, pictures=picture, count=6, **reader):
-        self.reader = SimpleNamespace(
-            class_to_idx={'red': 0, 'green': 1, 'blue': 2}, **{'root': 'r', 'name': 'n'} | reader
-        )
+        names = {'red': 0, 'green': 1, 'blue': 2}
+        self.reader = SimpleNamespace(**{'class_to_idx': names, 'root': 'r', 'name': 'n'} | reader)
         self.targets, self.pictures, self.count = targets, pictures, count
 
     def __iter__(self):
@@ -83,6 +82,16 @@ def test_later_runs_do_not_read_the_stream(tmp_path):
     assert list(read_predictions(tmp_path)) == ['net', 'other']
     with pytest.raises(ValueError, match='has the images of another stream'):
         evaluate(tmp_path, Stream(root='elsewhere'), corruptions=[])
+
+
+def test_later_runs_get_the_images_and_classes_that_they_ask_for(tmp_path):
+    evaluate(tmp_path, Stream(), corruptions=[], limit=4)
+    evaluate(tmp_path, Unread(), 'other', corruptions=[], limit=4)
+    for limit in (5, None):
+        with pytest.raises(ValueError, match='has the first 4 images alone: name another results folder'):
+            evaluate(tmp_path, Stream(), corruptions=[], limit=limit)
+    with pytest.raises(ValueError, match='has the images of another stream'):
+        evaluate(tmp_path, Stream(class_to_idx={'red': 1, 'green': 0, 'blue': 2}), corruptions=[], limit=4)
 
 
 def test_reading_that_was_interrupted_starts_again(tmp_path):
@@ -141,6 +150,7 @@ def test_streams_without_all_images_are_refused(stream, message, tmp_path):
         ('classes', {'a': 'b'}),
         ('sha256', ''),
         ('source', None),
+        ('limit', 0),
     ],
 )
 def test_a_damaged_description_is_named(field, value, tmp_path):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..fields import INTEGER, MAPPING, TEXT, Kind, check_fields, read_mapping
+from ..fields import COUNT, INTEGER, MAPPING, TEXT, Kind, check_fields, optional, read_mapping
 from ..files import atomic_write
 from .data import to_rgb
 
@@ -63,14 +63,18 @@ def keep_stream(dataset: Any, folder: str | os.PathLike[str], limit: int | None 
 
     Raises:
         ValueError: If the stream gives no images, or each process a share of them; if the limit is not positive; or if
-            the folder has the images of another stream.
+            the folder has the images of another stream, with other classes, or fewer.
     """
     folder, reader = Path(folder), getattr(dataset, 'reader', None)
     source = ' '.join(str(getattr(reader, field, '')) for field in ('root', 'name', 'split', 'split_info'))
     source = f'{type(reader or dataset).__name__} {source}'
+    classes = getattr(reader, 'class_to_idx', None) or {}
     if (folder / DESCRIPTION).exists():
-        if _read_stream(folder)['source'] != source:
+        kept = _read_stream(folder)
+        if (kept['source'], kept['classes']) != (source, classes):
             raise InputError(f'{folder} has the images of another stream: name another results folder.')
+        if kept.get('limit') is not None and (limit is None or limit > kept['limit']):
+            raise InputError(f'{folder} has the first {kept["limit"]} images alone: name another results folder.')
         return
     if getattr(reader, 'dist_num_replicas', 1) > 1:
         raise InputError('dataset, a stream, must be opened before torch.distributed is initialized.')
@@ -91,15 +95,15 @@ def keep_stream(dataset: Any, folder: str | os.PathLike[str], limit: int | None 
         _logger.warning(
             f'The stream gave {len(targets):,} of {len(dataset):,} images: timm leaves out unreadable ones.'
         )
-    classes = getattr(reader, 'class_to_idx', None) or {}
-    stream = {'source': source, 'sha256': digest.hexdigest(), 'classes': classes, 'targets': targets}
+    stream = {'source': source, 'limit': limit, 'sha256': digest.hexdigest(), 'classes': classes, 'targets': targets}
     atomic_write(folder / DESCRIPTION, json.dumps(stream).encode())  # last: it says that the images are complete
 
 
 def _read_stream(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     stream = read_mapping(path)
-    check_fields(path, stream, {'source': TEXT, 'sha256': TEXT, 'classes': MAPPING, 'targets': INDICES})
+    kinds = {'source': TEXT, 'limit': optional(COUNT), 'sha256': TEXT, 'classes': MAPPING, 'targets': INDICES}
+    check_fields(path, stream, kinds)
     check_fields(path, stream['classes'], dict.fromkeys(stream['classes'], INTEGER), 'classes')
     return stream
 
