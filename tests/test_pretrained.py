@@ -1,5 +1,6 @@
 """Warm starts: `pretrained=True` loads the weights of timm's plain networks, here random ones from a local Hub."""
 
+import copy
 import logging
 import os
 import shutil
@@ -286,9 +287,18 @@ def test_the_warning_names_the_base(published, warnings_of_timm):
 # The BatchNorm after the stem
 
 
-@pytest.mark.parametrize('name', ['pp_resnet18', 'resnet50d', 'regnety_002', 'tf_efficientnet_lite0'])
-def test_the_batch_norm_after_the_stem_is_measured(name):
-    model = timm.create_model(name).eval()
+@pytest.mark.parametrize(
+    'name, settings',
+    [
+        ('pp_resnet18', {}),
+        ('pp_resnet18', {'stem_type': 'deep'}),
+        ('resnet50d', {}),
+        ('regnety_002', {}),
+        ('tf_efficientnet_lite0', {}),
+    ],
+)
+def test_the_batch_norm_after_the_stem_is_measured(name, settings):
+    model = timm.create_model(name, **settings).eval()
     if not name.startswith('pp_'):
         convert_to_push_pull(model, alpha=0.5)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -339,3 +349,14 @@ def test_no_batch_norm_to_measure():
     with pytest.raises(ValueError, match='images must hold at least one batch'):
         update_stem_bn(model, [])
     assert torch.equal(model.bn1.running_mean, before + 2) and model.training
+
+
+def test_a_batch_that_does_not_fit_changes_nothing():
+    model = timm.create_model('pp_resnet18')
+    model.bn1.eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match='to have 3 channels'):
+        update_stem_bn(model, [images(), images()[:, :1]])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert model.conv1.training and not model.bn1.training and model.bn1.momentum == 0.1

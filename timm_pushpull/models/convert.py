@@ -88,6 +88,8 @@ def first_convs(model: nn.Module) -> dict[str, Any]:
         name = next((name for name in (path, path.replace('.', '_'), *inside) if name in modules), None)
         if name is None:
             raise InputError(f'{architecture} cannot be converted: it has no module {path!r}.')
+        if isinstance(modules[name], nn.Sequential):  # the deep stem of a ResNet
+            name += '.0'
         found[name] = modules[name]
     return found
 

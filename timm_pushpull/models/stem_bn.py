@@ -36,8 +36,15 @@ def update_stem_bn(model: nn.Module, images: Iterable[Any]) -> None:
         if not isinstance(norm, _BatchNorm) or norm.num_features != conv.out_channels:
             raise InputError(f'model must have a BatchNorm after {path}, there is a {type(norm).__name__}.')
         stem, before = nn.Sequential(conv, norm), copy.deepcopy(norm.state_dict())
-        stem.training = norm.training  # update_bn brings this mode back
-        update_bn(images, stem, conv.weight.device)
-        if not norm.num_batches_tracked:
+        modes, momentum = [(module, module.training) for module in stem.modules()], norm.momentum
+        try:
+            update_bn(images, stem, conv.weight.device)
+            if not norm.num_batches_tracked:
+                raise InputError('images must hold at least one batch, got none.')
+        except BaseException:
             norm.load_state_dict(before)
-            raise InputError('images must hold at least one batch, got none.')
+            raise
+        finally:
+            norm.momentum = momentum
+            for module, training in modes:
+                module.training = training
