@@ -19,12 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_hub import FOLDER, NAME
 
+from timm_pushpull import PushPullConv2d
 from timm_pushpull.class_lists import find_class_map
 from timm_pushpull.cli import main
 from timm_pushpull.hub.card import Evaluation, _description, _results
 from timm_pushpull.hub.export import _label_config, _labels, _read_evaluation, _without_paths
 from timm_pushpull.models.pretrained import HUB_MODELS
-from timm_pushpull.recipes import read_recipe, recipe_text
+from timm_pushpull.recipes import read_recipe
 from timm_pushpull.registry import CARD, CHECKSUM, CONFIG, RECIPE, hub_configs, read_checksum
 from timm_pushpull.robustness.evaluate import evaluate_robustness
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS, display_name
@@ -168,41 +169,48 @@ def test_a_weight_that_float16_does_not_hold(run, tmp_path, capsys):
     export(tmp_path, tmp_path, '--dtype', 'bfloat16')
 
 
-def test_a_recipe_stays_and_the_card_tells_the_difference(run, tmp_path):
-    (tmp_path / TAG).mkdir()
-    recipe = yaml.safe_dump({**OPTIONS, 'epochs': 90, 'mean': [0.5, 0.5, 0.5]})
-    (tmp_path / TAG / RECIPE).write_text(f'# A trial.\n{recipe}')
-    folder = export(run, tmp_path)
-    assert (folder / RECIPE).read_text() == f'# A trial.\n{recipe}'
-    card = (folder / CARD).read_text()
-    assert 'python train.py --config args.yaml --data-dir DATA --epochs 3\n' in card and '\nA trial.\n' in card
-
-
-def test_a_name_in_the_table_gets_its_recipe(data, tmp_path):
-    """The recipe of the table goes into the folder, without a path of this machine, in place of an older one."""
+def test_the_options_are_those_of_the_run(tmp_path):
+    """Those of the run, not of the recipe with its name, without a folder of this machine."""
     name = 'pp_resnet18.pp5_in100'
-    options = {**read_recipe(name), 'epochs': 3, 'output': '/runs', 'data_dir': '/data'}
+    options = {**read_recipe(name), 'epochs': 3, 'mixup': 0.8, 'output': '/runs', 'data_dir': '/data'}
     model = timm.create_model('pp_resnet18', num_classes=100, avg_pool_size=5)
     torch.save({'arch': 'pp_resnet18', 'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
     (tmp_path / RECIPE).write_text(yaml.safe_dump(options))
     (tmp_path / name).mkdir()
     (tmp_path / name / RECIPE).write_text('old: recipe')
     folder = export(tmp_path, tmp_path, tag=name)
-    assert (folder / RECIPE).read_text() == recipe_text(name, with_paths=False)
-    assert yaml.safe_load((folder / RECIPE).read_text())['class_map'] == 'imagenet_100_synsets.txt'
-    card = (folder / CARD).read_text()
-    assert f'`timm-pushpull recipes {name} --output args.yaml` writes the same recipe' in card
-    assert '--config args.yaml --data-dir DATA --epochs 3\n' in card and 'ResNet18 + PP5, no augmentation' in card
-    assert all('/' not in str(value) for value in yaml.safe_load((folder / RECIPE).read_text()).values())
+    local = {'output', 'data_dir'}
+    expected = {key: value for key, value in options.items() if key not in local}
+    expected['class_map'] = 'imagenet_100_synsets.txt'
+    assert yaml.safe_load((folder / RECIPE).read_text()) == expected
+    assert '--config args.yaml --data-dir DATA\n' in (folder / CARD).read_text()
     labels = json.loads((folder / CONFIG).read_text())['label_names']
     with open(options['class_map']) as file:
         assert labels == file.read().split()
     assert main(['hub', 'check', str(folder)]) == 0
 
 
-def test_the_card_tells_the_pull_kernel():
-    assert 'push kernel, and a pull kernel derived from it, of inverted' in _description('# x', {'avg_pool_size': 5})
-    assert "its negative as pull kernel (not the paper's)" in _description('# x', {'pull_kernel': 'negated'})
+def test_the_card_tells_the_unit():
+    model = PushPullConv2d(3, 4, 3)
+    assert 'push kernel, and a pull kernel derived from it, of inverted' in _description(model, {'avg_pool_size': 5})
+    assert "its negative as pull kernel (not the paper's)" in _description(model, {'pull_kernel': 'negated'})
+    assert _description(torch.nn.Conv2d(3, 4, 3), {}).startswith('A plain network, without a push-pull unit')
+
+
+@pytest.mark.parametrize('network, has_unit', [('test_resnet', False), ('pp_mobilenetv3_small_100', True)])
+def test_any_network_is_exported(network, has_unit, tmp_path):
+    name = f'{network}.mine'
+    model = timm.create_model(network, num_classes=2, in_chans=1)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    options = {'model': network, 'num_classes': 2, 'input_size': [1, 32, 32], 'mean': [0.5], 'std': [0.2]}
+    (tmp_path / RECIPE).write_text(yaml.safe_dump(options))
+    folder = export(tmp_path, tmp_path, tag=name)
+    assert ('paper_ids' in json.loads((folder / CONFIG).read_text())['pretrained_cfg']) == has_unit
+    card = (folder / CARD).read_text()
+    assert ('whose first convolution is a push-pull unit' in card) == has_unit and 'A ResNet' not in card
+    assert f"'hf-hub:timm-pushpull/{name}'" in card
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert loaded(torch.randn(1, 1, 32, 32)).shape == (1, 2)
 
 
 def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
@@ -251,11 +259,13 @@ def test_the_evaluation_of_a_checkpoint_has_its_baseline(data, tmp_path):
 def test_names_of_classes_in_a_configuration():
     assert _label_config([]) == _label_config(['n01440764', '']) == {}
     assert _label_config(['a', 'b']) == {'label_names': ['a', 'b']}
-    assert _labels({}, 1000)[:2] == ['n01440764', 'n01443537'] and _labels({}, 10) == []
+    assert _labels('pp_resnet18.pp3_in1k', {}, 1000)[:2] == ['n01440764', 'n01443537']
+    assert _labels('pp_resnet18.pp3_in1k', {}, 10) == _labels('pp_resnet18.mine', {}, 1000) == []
 
 
 def test_a_recipe_has_no_option_of_one_machine():
-    assert _without_paths({'workers': 3, 'data_dir': 'data', 'teacher': '/x.pth', 'opt': 'sgd'}) == {'opt': 'sgd'}
+    options = {'workers': 3, 'data_dir': 'data', 'teacher': '/a/x.pth', 'opt': 'sgd'}
+    assert _without_paths(options) == {'teacher': 'x.pth', 'opt': 'sgd'}
 
 
 def test_the_card_shows_the_baseline_beside_the_model():
@@ -341,9 +351,6 @@ def test_a_known_tag_is_of_its_own_network(run, tmp_path, capsys):
     arguments = ('export', run / 'last.pth.tar', '--output', tmp_path, '--name')
     error = fails(capsys, *arguments, 'pp_resnet18.pp3_r64_imagenette')
     assert 'avg_pool_size=5, num_classes=2' in error and 'avg_pool_size=3, num_classes=10' in error
-    (tmp_path / TAG).mkdir()
-    (tmp_path / TAG / RECIPE).write_text(yaml.safe_dump({**OPTIONS, 'model_kwargs': {}}))
-    assert f'the recipe {TAG} has num_classes=2' in fails(capsys, *arguments, TAG)
 
 
 FAULTS = {
@@ -450,11 +457,12 @@ def test_push_asks(signed_in, exported, monkeypatch, capsys):
 
 def test_push_refuses(signed_in, run, exported, tmp_path, capsys, monkeypatch):
     push = ('--org', 'me', '--yes')
+    assert 'could not be pushed' in fails(capsys, 'push', exported, '--org', 'bad org!', '--yes')
     assert main(['hub', 'push', str(exported), *push, '--revision', 'v1']) == 0
     averaged = export(run, tmp_path, '--use-ema')
     assert 'holds other weights' in fails(capsys, 'push', averaged, *push)
     shutil.copytree(exported, tmp_path / 'other' / TAG)
-    replace(tmp_path / 'other' / TAG / CARD, 'A ResNet', 'This ResNet')
+    replace(tmp_path / 'other' / TAG / CARD, 'A network', 'This network')
     assert 'has the git tag v1 at another commit' in fails(
         capsys, 'push', tmp_path / 'other' / TAG, *push, '--revision', 'v1'
     )

@@ -83,6 +83,8 @@ def model_args_of(options: Mapping[str, Any]) -> dict[str, Any]:
     }
     named = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'gp': 'global_pool'}
     given = {argument: options[option] for option, argument in named.items() if options.get(option) is not None}
+    if (channels := (options.get('input_size') or [3])[0]) != 3:  # as train.py does
+        given.setdefault('in_chans', channels)
     return {**model_args, **given}
 
 

@@ -1,7 +1,7 @@
 """Models with weights: the folders that describe them.
 
-Each folder of ``hub_configs`` is named by architecture and tag. It registers the model with timm, and it is the content
-of the model's repository on the Hub:
+Each folder of ``hub_configs`` is named by architecture and tag. It registers the model with timm, if the model is a
+push-pull ResNet, and it is the content of the model's repository on the Hub:
 
 - ``config.json``: the network and the preprocessing of its images, in timm's format;
 - ``args.yaml``: the recipe, for ``train.py --config``;

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..recipes import list_recipes
+from ..layers.push_pull import PushPullConv2d
+from ..models.pushpull_resnet import PushPullResNet
 from ..registry import CHECKSUM, HUB_ORG, RECIPE, hub_configs
 from ..robustness.intervals import columns_of
 from ..robustness.metrics import HELD_OUT_CORRUPTIONS, MEASURES, TEST_CORRUPTIONS, display_name
 from ..weights import WEIGHTS
 
-__all__ = ['Evaluation', 'Rounding', 'model_card']
+__all__ = ['Evaluation', 'Rounding', 'has_unit', 'model_card']
 
 # Name of a data set and its id on the Hub, by the last part of a tag.
 DATASETS = {
@@ -23,6 +24,14 @@ DATASETS = {
     'imagenette': ('Imagenette', 'frgfm/imagenette'),
 }
 TASK = 'image-classification'
+REPRODUCTION = f"""## Reproduce
+With timm's `train.py` and the `{RECIPE}` of this folder:
+
+```bash
+python train.py --config {RECIPE} --data-dir DATA
+```
+
+`{CHECKSUM}` holds the SHA-256 of `{WEIGHTS}`: `sha256sum -c {CHECKSUM}`."""
 CITATION = """```bibtex
 @inproceedings{pushpullnet,
   title={PushPull-Net: Inhibition-driven ResNet robust to image corruptions},
@@ -60,8 +69,6 @@ def model_card(
     model: nn.Module,
     model_args: Mapping[str, Any],
     weights: str,
-    recipe: str,
-    overrides: str = '',
     seed: int | None = None,
     label_config: Mapping[str, Any] | None = None,
     org: str = HUB_ORG,
@@ -75,8 +82,6 @@ def model_card(
         model: The model.
         model_args: Arguments of ``timm.create_model`` that created the model.
         weights: Type of the weights, in words.
-        recipe: Content of ``args.yaml``.
-        overrides: Options of ``train.py`` that turn the recipe into the run of these weights.
         seed: Seed of the training.
         label_config: ``label_names`` and ``label_descriptions`` of ``config.json``.
         org: Organisation or user on the Hub.
@@ -100,10 +105,11 @@ def model_card(
     settings = ', '.join(f'`{key}={value}`' for key, value in model_args.items())
     size = 'x'.join(map(str, cfg['input_size'][1:]))
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    reference = name if (hub_configs() / name).is_dir() else f'hf-hub:{org}/{name}'
+    registered = isinstance(model, PushPullResNet) and (hub_configs() / name).is_dir()
+    reference = name if registered else f'hf-hub:{org}/{name}'
     sections = [
         f'# Model card for {name}',
-        _description(recipe, model_args),
+        _description(model, model_args),
         '## Model details\n'
         f'- **Network:** `{cfg["architecture"]}`{f" with {settings}" if settings else ""}\n'
         f'- **Parameters:** {parameters:.2f} M\n'
@@ -114,27 +120,30 @@ def model_card(
         '- **Paper:** PushPull-Net, https://arxiv.org/abs/2408.04077',
         *_results(name, reference, evaluation, rounding, seed, weights),
         _usage(name, reference, label_config or {}),
-        _reproduction(name, overrides),
+        REPRODUCTION,
         '## Licence\nApache-2.0, like timm. The licence of the training images may add conditions.',
         f'## Citation\n{CITATION}',
     ]
     return ModelCard(f'---\n{metadata.to_yaml()}\n---\n\n' + '\n\n'.join(sections) + '\n')
 
 
+def has_unit(model: nn.Module) -> bool:
+    """Tell whether a model has a push-pull unit."""
+    return any(isinstance(module, PushPullConv2d) for module in model.modules())
+
+
 def _numbers(values: Sequence[float]) -> str:
     return ' '.join(f'{value:g}' for value in values)
 
 
-def _description(recipe: str, model_args: Mapping[str, Any]) -> str:
-    first = recipe.splitlines()[0]
-    purpose = f'{first.lstrip("# ")}\n\n' if first.startswith('#') else ''
-    if model_args.get('push_pull') is False:
-        return f'{purpose}The plain baseline of the push-pull networks: the same network without the push-pull unit.'
+def _description(model: nn.Module, model_args: Mapping[str, Any]) -> str:
+    if not has_unit(model):
+        return 'A plain network, without a push-pull unit: the baseline of networks with one.'
     negated = model_args.get('pull_kernel') == 'negated'
     inverted = 'a pull kernel derived from it, of inverted contrast'
     pull_kernel = "its negative as pull kernel (not the paper's)" if negated else inverted
     return (
-        f'{purpose}A ResNet whose first convolution is a push-pull unit: a trainable push kernel, and {pull_kernel}. '
+        f'A network whose first convolution is a push-pull unit: a trainable push kernel, and {pull_kernel}. '
         'The unit is meant to inhibit the response to noise ([PushPull-Net](https://arxiv.org/abs/2408.04077)).'
     )
 
@@ -263,18 +272,3 @@ best = logits[0].topk(3).indices.tolist()
 
 `features_only=True`, `num_classes=0` and `in_chans=1` work as for any timm model. A copy of this folder loads as
 `timm.create_model('local-dir:{name}', pretrained=True)`."""
-
-
-def _reproduction(name: str, overrides: str) -> str:
-    packaged = ''
-    if name in list_recipes():
-        packaged = f' (`timm-pushpull recipes {name} --output {RECIPE}` writes the same recipe)'
-    options = f' {overrides}' if overrides else ''
-    return f"""## Reproduce
-With timm's `train.py` and the `{RECIPE}` of this folder{packaged}:
-
-```bash
-python train.py --config {RECIPE} --data-dir DATA{options}
-```
-
-`{CHECKSUM}` holds the SHA-256 of `{WEIGHTS}`: `sha256sum -c {CHECKSUM}`."""

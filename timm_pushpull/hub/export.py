@@ -4,7 +4,6 @@ import copy
 import math
 import os
 import re
-import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..checkpoint import model_args_of, read_training_options, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
 from ..fields import TRAINING_OPTIONS, read_text
-from ..recipes import list_recipes, read_args_yaml, recipe_text
+from ..recipes import list_recipes, read_args_yaml, read_recipe
 from ..registry import CARD, CHECKSUM, CONFIG, HUB_ORG, PAPER, RECIPE, read_checksum
 from ..robustness.classes import check_labels
 from ..robustness.data import DatasetImages
@@ -30,7 +29,7 @@ from ..robustness.protocol import hash_modules, hash_weights
 from ..robustness.store import read_classes, read_predictions, read_protocol
 from ..robustness.summary import baseline_of, read_baseline, summarize
 from ..weights import WEIGHTS, file_sha256
-from .card import Evaluation, Rounding, model_card
+from .card import Evaluation, Rounding, has_unit, model_card
 
 __all__ = ['export_checkpoint']
 
@@ -48,8 +47,8 @@ def export_checkpoint(
 ) -> Path:
     """Write the folder of a model: configuration, recipe, weights, checksum and model card.
 
-    The recipe is the one of this name in :mod:`timm_pushpull.recipes`; for another name the ``args.yaml`` that the
-    folder has, or else the options of the run. The card names the options in which the run differs from the recipe.
+    ``args.yaml`` has the options of the run, so that it trains the same network again; a path is cut to the name of its
+    file.
 
     A second export into the folder must have the same weights, and makes all files anew. Each file is replaced whole.
 
@@ -72,22 +71,21 @@ def export_checkpoint(
 
     Raises:
         ValueError: If the name has no tag or is not of the checkpoint's network, if the checkpoint lacks the weights,
-            if a weight is too large for ``dtype``, if the results or images are of another model, or if the folder has
-            other weights.
+            if the name is that of a recipe for another network, if a weight is too large for ``dtype``, if the results
+            or images are of another model, or if the folder has other weights.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     options = _training_options(checkpoint, name, use_ema)
     model = _build(name, options, checkpoint.with_name(RECIPE))
-    recipe = _known_recipe(name, output / name)
-    if recipe is not None:
-        _check_network(model, name, yaml.safe_load(recipe), options, output / name / RECIPE)
+    if name in list_recipes():
+        _check_network(model, name, options)
     _load(model, checkpoint, use_ema)
     stored = copy.deepcopy(model).to(dtype)
     rounded = copy.deepcopy(stored).float()
     if not all(tensor.isfinite().all() for tensor in rounded.state_dict().values()):
         raise InputError(f'dtype must hold all weights, some are not finite in {dtype}: take bfloat16.')
 
-    labels, evaluation, rounding = _labels(options, model.num_classes), None, None
+    labels, evaluation, rounding = _labels(name, options, model.num_classes), None, None
     of_training = labels if options.get('class_map') else []
     images = None if dataset is None else DatasetImages(dataset)
     if images is not None:
@@ -116,7 +114,7 @@ def export_checkpoint(
         if read_checksum(folder) not in (None, sha256):
             raise InputError(f'{folder} has other weights, and the weights of a name never change: give another name.')
         (written / CHECKSUM).write_text(f'{sha256}  {WEIGHTS}\n', encoding='utf-8')
-        recipe = recipe or yaml.safe_dump(_without_paths(options))
+        recipe = yaml.safe_dump(_without_paths(options), sort_keys=False)
         (written / RECIPE).write_text(recipe, encoding='utf-8')
         if images is not None and dtype != torch.float32:
             before, after = _top1((model, rounded), dataset, **measurement)
@@ -126,8 +124,6 @@ def export_checkpoint(
             rounded,
             model_args=model_args_of(options),
             weights=str(dtype).removeprefix('torch.') + ', running average (EMA) of the training' * use_ema,
-            recipe=recipe,
-            overrides=_overrides(yaml.safe_load(recipe), options),
             seed=options.get('seed'),
             label_config=label_config,
             org=org,
@@ -172,36 +168,24 @@ def _build(name: str, options: Mapping[str, Any], path: Path) -> Any:
     with as_input_error(str(path)):
         model: Any = create_model(architecture, **model_args_of(options))
         set_data_config(model, options)
+    paper = PAPER if has_unit(model) else {}
     reduction = model.feature_info[-1]['reduction']
     pool_size = tuple(math.ceil(side / reduction) for side in model.pretrained_cfg['input_size'][1:])
     model.pretrained_cfg.update(
-        tag=tag, num_classes=model.num_classes, pool_size=pool_size, license='apache-2.0', **PAPER
+        tag=tag, num_classes=model.num_classes, pool_size=pool_size, license='apache-2.0', **paper
     )
     return model.eval()
 
 
-def _known_recipe(name: str, folder: Path) -> str | None:
-    if name in list_recipes():
-        return recipe_text(name, with_paths=False)
-    if not (folder / RECIPE).is_file():
-        return None
-    read_args_yaml(folder / RECIPE)
-    return read_text(folder / RECIPE)
-
-
-def _check_network(
-    model: nn.Module, name: str, recipe: Mapping[str, Any], options: Mapping[str, Any], path: Path
-) -> None:
-    """Refuse a network other than the recipe's."""
-    if hash_modules(_build(name, recipe, path)) != hash_modules(model):
+def _check_network(model: nn.Module, name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a network other than that of the recipe whose name it gets."""
+    recipe = read_recipe(name)
+    if hash_modules(_build(name, recipe, Path(name))) != hash_modules(model):
         of_run, of_recipe = (
             ', '.join(f'{argument}={value}' for argument, value in model_args_of(each).items())
             for each in (options, recipe)
         )
-        where = f' in {path}' if path.is_file() else ''
-        raise InputError(
-            f'The checkpoint has {of_run}, but the recipe {name} has {of_recipe}{where}: give another name.'
-        )
+        raise InputError(f'The checkpoint has {of_run}, but the recipe {name} has {of_recipe}: give another name.')
 
 
 def _load(model: nn.Module, checkpoint: Path, use_ema: bool) -> None:
@@ -213,7 +197,7 @@ def _load(model: nn.Module, checkpoint: Path, use_ema: bool) -> None:
         ) from error
 
 
-def _labels(options: Mapping[str, Any], num_classes: int) -> Sequence[str]:
+def _labels(name: str, options: Mapping[str, Any], num_classes: int) -> Sequence[str]:
     """Name the classes in the order of the logits; empty if the options do not tell them."""
     if options.get('class_map'):
         try:
@@ -221,7 +205,7 @@ def _labels(options: Mapping[str, Any], num_classes: int) -> Sequence[str]:
         except InputError:  # not one of ours
             return []
         return read_text(path).split()
-    return ImageNetInfo().label_names() if num_classes == 1000 else []
+    return ImageNetInfo().label_names() if num_classes == 1000 and name.endswith('in1k') else []
 
 
 def _label_config(labels: Sequence[str]) -> dict[str, Any]:
@@ -266,20 +250,10 @@ def _umask() -> int:
 
 
 def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the options that are valid on one machine only."""
+    """Drop the options of one machine, and the folders of files."""
     local = {'data_dir', 'device', 'local_rank', 'log_interval', 'output', 'resume', 'workers'}
     return {
-        key: value
+        key: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
         for key, value in options.items()
-        if key not in local and not (isinstance(value, str) and os.path.isabs(value))
+        if key not in local
     }
-
-
-def _overrides(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    """Write the options of ``train.py`` that turn the recipe into the run."""
-    words = []
-    for key, value in recipe.items():
-        if options.get(key) != value and key not in ('class_map', 'experiment'):
-            given = options.get(key)
-            words += [f'--{key.replace("_", "-")}', *map(str, given if isinstance(given, list) else [given])]
-    return shlex.join(words)

@@ -73,7 +73,7 @@ def push_folder(
                 )
             if revision not in tags:
                 api.create_tag(repo_id, tag=revision, revision=commit.oid)
-    except ValueError:
+    except InputError:
         raise
     except Exception as error:  # among others those of the HTTP library, which differs between huggingface_hub releases
         raise InputError(f'{repo_id} could not be pushed: {str(error).splitlines()[0]}') from error
