@@ -1,5 +1,6 @@
 import argparse
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from safetensors.torch import save_file
 from test_labels import network, write_images
 from test_results import FIVE, write_results
 
+from timm_pushpull import load_model
 from timm_pushpull.checkpoint import augmentation_of
 from timm_pushpull.cli import main
+from timm_pushpull.registry import hub_configs
 from timm_pushpull.robustness.fairness import training_operations, unfair_comparisons
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 from timm_pushpull.robustness.store import read_protocol
@@ -160,3 +163,11 @@ def test_options_of_another_network_do_not_count(tmp_path, capsys):
     (tmp_path / 'args.yaml').write_text('[1]')
     assert main([*arguments, str(tmp_path / 'wrong')]) == 2
     assert 'args.yaml must hold a mapping' in capsys.readouterr().err
+
+
+def test_the_options_beside_the_weights_of_a_model_folder_count(tmp_path):
+    name = 'pp_resnet18.pp3_negated_prime_contrastnorm_r64_imagenette'
+    shutil.copytree(hub_configs() / name, tmp_path / name)
+    for model in (name, f'local-dir:{tmp_path / name}'):
+        assert load_model(model).training_augmentation == {'augment': 'prime'}
+    assert load_model('pp_resnet18.pp3_r64_imagenette').training_augmentation == {}

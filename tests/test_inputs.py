@@ -125,6 +125,8 @@ def test_labels_of_models(tmp_path, checkpoint, monkeypatch):
             load_models(twice, [checkpoint] * 2, **options)
     with pytest.raises(ValueError, match='checkpoint must name one file for each of the 2 models, got 1'):
         load_models(['pp_resnet18', 'a=pp_resnet18'], [checkpoint], **options)
+    with pytest.raises(ValueError, match='model must have a label before the =, got =pp_resnet18'):
+        load_models(['=pp_resnet18'], [checkpoint], **options)
     # A path may hold an equals sign.
     torch.manual_seed(0)
     timm.models.save_for_hf(

@@ -15,6 +15,7 @@ from ..class_lists import find_class_map
 from ..errors import InputError
 from ..fields import TRAINING_OPTIONS, check_fields, read_mapping
 from ..layers.push_pull import PushPullConv2d
+from ..registry import RECIPE, hub_configs
 from .classes import check_not_training
 
 __all__ = ['as_input_error', 'load_model', 'load_models', 'open_dataset']
@@ -78,6 +79,8 @@ def load_models(
         label, equals, model_name = name.partition('=')
         if not equals or '/' in label or ':' in label:
             label = model_name = name
+        if not label:
+            raise InputError(f'model must have a label before the =, got {name}.')
         if label in models:
             raise InputError(f'model {label} is given twice: give its models different labels, LABEL={model_name}.')
         models[label] = load_model(model_name, checkpoints[number] if checkpoints else None, **options)
@@ -95,7 +98,8 @@ def load_model(
 
     A checkpoint of ``train.py`` holds the options of the training. The model arguments in it, the number of classes,
     and the size and normalization of the images are those of the model, unless they are given here. Its augmentation,
-    or that of an ``args.yaml`` beside the checkpoint, is kept as ``model.training_augmentation``.
+    or that of an ``args.yaml`` beside the checkpoint or the weights of a model folder, is kept as
+    ``model.training_augmentation``.
 
     Args:
         name: Model name that ``timm.create_model`` takes.
@@ -113,10 +117,10 @@ def load_model(
         OSError: If pretrained weights cannot be downloaded.
     """
     options: dict[str, Any] = {}
+    folder = Path(name.removeprefix('local-dir:')) if name.startswith('local-dir:') else hub_configs() / name
     if checkpoint is not None:
         options = _check_training_options(name, checkpoint, read_training_options(checkpoint, use_ema), 'args')
-        beside = Path(checkpoint).with_name('args.yaml')
-        recipe = options or (_check_training_options(name, beside, read_mapping(beside)) if beside.is_file() else {})
+        folder = Path(checkpoint).parent
     if num_classes is not None:
         model_kwargs['num_classes'] = num_classes
     source = f'{name} with {checkpoint}'
@@ -124,9 +128,12 @@ def load_model(
         model: Any = create_model(name, pretrained=checkpoint is None, **{**model_args_of(options), **model_kwargs})
         if options:
             set_data_config(model, options)
+    beside = folder / RECIPE
+    if not options and beside.is_file():
+        options = _check_training_options(model.pretrained_cfg['architecture'], beside, read_mapping(beside))
+    model.training_augmentation = augmentation_of(options)
     if checkpoint is None:
         return model
-    model.training_augmentation = augmentation_of(recipe)
     drawn = _erase_drawn_alpha(model)
     with as_input_error(source):
         load_checkpoint(model, os.fspath(checkpoint), use_ema)
