@@ -103,6 +103,10 @@ def test_command_is_installed():
     [
         ('no-such-command', "timm-pushpull: argument COMMAND: invalid choice: 'no-such-command'"),
         ('figures pp_resnet18 --output x --model-kwargs window', 'argument --model-kwargs: must be NAME=VALUE, got'),
+        (
+            'figures pp_resnet18 --output x --model-kwargs alpha=1 num_classes=3',
+            'argument --model-kwargs: must not hold num_classes: the command has its own way to give it',
+        ),
         ('robustness pp_resnet18', 'timm-pushpull robustness: the following arguments are required: --output; see'),
     ],
 )

@@ -221,6 +221,7 @@ def test_half_precision(dtype, autocast, avg_pool_size, offset):
     'settings, message',
     [
         (dict(avg_pool_size=2), 'avg_pool_size must be 0 or a positive odd integer, got 2'),
+        (dict(avg_pool_size=True), 'avg_pool_size must be 0 or a positive odd integer, got True'),
         (dict(avg_pool_size=-3), 'avg_pool_size must be 0 or a positive odd integer, got -3'),
         (dict(avg_pool_size=3.0), 'avg_pool_size must be 0 or a positive odd integer, got 3.0'),
         (dict(avg_pool_size='3'), 'avg_pool_size must be 0 or a positive odd integer, got 3'),

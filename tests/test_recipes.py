@@ -216,6 +216,7 @@ def test_command_line(capsys, tmp_path, monkeypatch):
     assert main(['recipes', 'pp_resnet18.pp5_*in*00']) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == ['pp_resnet18.pp5_in100', 'pp_resnet18.pp5_in200']
+    assert main(['recipes', 'pp_resnet18.pp?_in[12]00']) == 0 and len(capsys.readouterr().out.splitlines()) == 4
     assert main(['recipes', 'pp_resnet18.pp5_in200', '--processes', '2']) == 0
     purpose, write, one, empty, two = capsys.readouterr().out.splitlines()
     assert purpose == f'# {list_recipes()["pp_resnet18.pp5_in200"]}'

@@ -368,6 +368,8 @@ def test_command(data, tmp_path, capsys):
         (['--severities', '6'], 'severity must be an integer from 1 to 5, got 6'),
         (['--limit', '0'], 'limit must be at least 1, got 0'),
         (['--batch-size', '0'], 'batch_size must be at least 1, got 0'),
+        (['--workers', '-1'], 'workers must be 0 or more, got -1'),
+        (['--seed', '-2'], 'seed must be 0 or more, got -2'),
         (['--device', 'nonsense'], '--device nonsense: '),
         (['--baseline', 'other'], "baseline must be one of the models test_resnet, got 'other'"),
         (['--output', 'net.pth/out'], "Not a directory: 'net.pth/out"),

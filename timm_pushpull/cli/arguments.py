@@ -15,6 +15,15 @@ __all__ = [
     'positive',
 ]
 
+NOT_IN_MODEL_KWARGS = {
+    'checkpoint',
+    'checkpoint_path',
+    'model_name',
+    'name',
+    'num_classes',
+    'pretrained',
+    'use_ema',
+}
 BASELINE_HELP = 'model that the others are compared with, or the name before the @ of training runs'
 
 
@@ -79,4 +88,6 @@ class _ParseKwargs(argparse.Action):
         values: Sequence[str] = args[2]
         if wrong := [value for value in values if value and '=' not in value]:
             raise argparse.ArgumentError(self, f'must be NAME=VALUE, got {wrong[0]!r}')
+        if given := NOT_IN_MODEL_KWARGS & {value.partition('=')[0] for value in values}:
+            raise argparse.ArgumentError(self, f'must not hold {min(given)}: the command has its own way to give it')
         ParseKwargs(self.option_strings, self.dest)(*args)

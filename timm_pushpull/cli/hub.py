@@ -92,7 +92,7 @@ def run_check(args: argparse.Namespace) -> None:
     for folder in args.folders or model_folders(hub_configs()):
         try:
             print(f'{folder}: {check_folder(folder)}')
-        except ValueError as error:
+        except InputError as error:
             wrong.append(str(error))
     if wrong:
         raise InputError(' '.join(wrong))

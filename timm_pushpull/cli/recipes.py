@@ -18,7 +18,7 @@ def add_to(commands: Any) -> None:
         'name',
         nargs='?',
         metavar='NAME',
-        help='recipe, such as pp_resnet50.pp3_prime_in1k, or a pattern with *',
+        help='recipe, such as pp_resnet50.pp3_prime_in1k, or a pattern',
     )
     parser.add_argument('--output', metavar='FILE', help='write the recipe to this file, for train.py --config')
     parser.add_argument(
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         atomic_write(args.output, recipe_text(args.name).encode())
         print(args.output)
-    elif args.name and '*' not in args.name:
+    elif args.name and not set('*?[') & set(args.name):
         write, train, train_in_several = recipe_commands(args.name, args.processes)
         print(f'# {list_recipes(args.name)[args.name]}\n{write}\n{train}\n\n{train_in_several}')
     else:

@@ -161,7 +161,8 @@ def _triton_works(device: torch.device) -> bool:
 
 def check_avg_pool_size(avg_pool_size: int) -> None:
     """Raise ``ValueError`` unless the averaging window is 0 or a positive odd integer."""
-    if not isinstance(avg_pool_size, int) or avg_pool_size < 0 or (avg_pool_size > 0 and avg_pool_size % 2 == 0):
+    whole = isinstance(avg_pool_size, int) and not isinstance(avg_pool_size, bool)
+    if not whole or avg_pool_size < 0 or (avg_pool_size > 0 and avg_pool_size % 2 == 0):
         raise InputError(f'avg_pool_size must be 0 or a positive odd integer, got {avg_pool_size}.')
 
 

@@ -138,6 +138,9 @@ def evaluate_robustness(
         raise InputError('models must hold at least one model, got none.')
     if batch_size < 1:
         raise InputError(f'batch_size must be at least 1, got {batch_size}.')
+    for name, value in (('workers', workers), ('seed', seed)):
+        if value < 0:
+            raise InputError(f'{name} must be 0 or more, got {value}.')
     passes = [(corruption, severity) for corruption in corruptions for severity in severities]
     for corruption, severity in passes:
         if stored is None:
