@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        print('timm-pushpull: interrupted. Finished work is kept: the same command continues it.', file=sys.stderr)
+        print('timm-pushpull: interrupted. What was written is kept: repeat the command to go on.', file=sys.stderr)
         return 130
     except (InputError, MissingExtraError, OSError, WorkerKilledError) as error:
         if args.debug:

@@ -55,11 +55,6 @@ def plain_cfgs(network: str, plain: str) -> dict[str, PretrainedCfg | dict[str, 
     return cfgs
 
 
-def _weights_without_network() -> list[str]:
-    """Name the models whose weights are installed with this package."""
-    return [name for name, model in HUB_MODELS.items() if model.weights is not None]
-
-
 def locate_weights(cfg: PretrainedCfg, hub_model: HubModel | None = None, cache_dir: Any = None) -> dict[str, Any]:
     """Find the weights that timm would download from the Hub, and verify them.
 
@@ -84,8 +79,9 @@ def locate_weights(cfg: PretrainedCfg, hub_model: HubModel | None = None, cache_
         else:
             file = fetch_weights(cfg.hf_hub_id, cfg.hf_hub_filename, None, cache_dir)
     except OSError as error:
+        installed = ', '.join(name for name, model in HUB_MODELS.items() if model.weights is not None)
         raise OSError(
-            f'{error} Without a network these work: {", ".join(_weights_without_network())}; and a file of weights, by '
+            f'{error} Without a network these work: {installed}; and a file of weights, by '
             'pretrained_cfg_overlay=dict(file=FILE) or --pretrained-path FILE of train.py.'
         ) from None
     return dict(source=None, file=file, custom_load=cfg.custom_load == 'hf')
