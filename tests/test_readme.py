@@ -79,7 +79,7 @@ def test_python_runs(hub, tmp_path):
 
 def test_the_program_of_the_starts_runs(tmp_path):
     """The programs behind the table of timm's weights and the initial weights, on a few images, with random weights."""
-    starts, program = blocks('hub_configs/README.md', 'python')
+    starts, starts_of_resnet18, program = blocks('hub_configs/README.md', 'python')
     names = ImageNetInfo().label_names()[::50]
     for name in names:
         (tmp_path / 'IMAGES' / 'val' / name).mkdir(parents=True)
@@ -101,3 +101,12 @@ def test_the_program_of_the_starts_runs(tmp_path):
     assert torch.equal(initial['classifier.bias'], full['classifier.bias'][::50])
     assert (initial['conv_stem.alpha'] == 1).all()
     assert torch.equal(initial['conv_stem.weight'], full['conv_stem.weight'])
+
+    (tmp_path / 'second' / 'runs' / 'tiny').mkdir(parents=True)
+    torch.manual_seed(1)
+    full = timm.create_model('pp_resnet18', push_pull=False, num_classes=202).state_dict()
+    torch.save({'state_dict': full}, tmp_path / 'second' / 'runs' / 'tiny' / 'last.pth.tar')
+    subprocess.run([sys.executable, '-c', starts_of_resnet18], cwd=tmp_path / 'second', check=True)
+    found = {path.stem: load_file(path) for path in (tmp_path / 'second').glob('*.safetensors')}
+    assert found.keys() == {'plain', 'paper', 'negated'} and (found['negated']['conv1.alpha'] == 1).all()
+    assert all(torch.equal(state['layer4.1.conv2.weight'], full['layer4.1.conv2.weight']) for state in found.values())
