@@ -11,7 +11,6 @@ import itertools
 import math
 import os
 import shlex
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -203,13 +202,11 @@ def read_args_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return options
 
 
-def recipe_text(name: str, with_paths: bool = True) -> str:
+def recipe_text(name: str) -> str:
     """Write a recipe as a file for ``train.py --config``, with its purpose and notes as comments.
 
     Args:
         name: Name of the recipe.
-        with_paths: Give ``class_map`` as a path on this machine; False gives the file's name alone, for a file that
-            goes to other machines.
 
     Returns:
         Text of the file, in YAML.
@@ -218,8 +215,6 @@ def recipe_text(name: str, with_paths: bool = True) -> str:
         ValueError: If there is no such recipe; the message has the nearest names.
     """
     recipe = read_recipe(name)
-    if 'class_map' in recipe and not with_paths:
-        recipe['class_map'] = Path(recipe['class_map']).name
     comments = [_purpose(name), *BASES[RECIPES[name][3]][1].splitlines()]
     options = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=120)
     return ''.join(f'# {line}\n' for line in comments) + options

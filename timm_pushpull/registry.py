@@ -4,7 +4,7 @@ Each folder of ``hub_configs`` is named by architecture and tag. It registers th
 push-pull ResNet, and it is the content of the model's repository on the Hub:
 
 - ``config.json``: the network and the preprocessing of its images, in timm's format;
-- ``args.yaml``: the recipe, for ``train.py --config``;
+- ``args.yaml``: the options of the training, for ``train.py --config``;
 - ``model.safetensors``: the weights; large ones may be on the Hub only;
 - ``model.safetensors.sha256``: the checksum of the weights, as ``sha256sum`` writes it;
 - ``README.md``: the model card.

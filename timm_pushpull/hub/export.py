@@ -45,7 +45,7 @@ def export_checkpoint(
     org: str = HUB_ORG,
     **measurement: Any,
 ) -> Path:
-    """Write the folder of a model: configuration, recipe, weights, checksum and model card.
+    """Write the folder of a model: configuration, training options, weights, checksum and model card.
 
     ``args.yaml`` has the options of the run, so that it trains the same network again; a path is cut to the name of its
     file.
@@ -114,8 +114,8 @@ def export_checkpoint(
         if read_checksum(folder) not in (None, sha256):
             raise InputError(f'{folder} has other weights, and the weights of a name never change: give another name.')
         (written / CHECKSUM).write_text(f'{sha256}  {WEIGHTS}\n', encoding='utf-8')
-        recipe = yaml.safe_dump(_without_paths(options), sort_keys=False)
-        (written / RECIPE).write_text(recipe, encoding='utf-8')
+        training = yaml.safe_dump(_without_paths(options), sort_keys=False)
+        (written / RECIPE).write_text(training, encoding='utf-8')
         if images is not None and dtype != torch.float32:
             before, after = _top1((model, rounded), dataset, **measurement)
             rounding = Rounding(before, after, len(images.targets))
