@@ -237,6 +237,13 @@ def spoil_fields(content):
             yield f'{words} emptied', change(content, where, type(value)())
 
 
+def spoil_options(options):
+    """Retype each option beside or in a checkpoint: it may lack any, and those of another network do not count."""
+    for words, value in spoil_fields(options):
+        if words.endswith((' of another type', ' a text')) and words != 'model a text':
+            yield words, value
+
+
 def test_fields_of_the_protocol(written, tmp_path):
     content = json.loads((written[write_folder] / 'protocol.json').read_text())
     other_texts = 'corruptions.generated_by a text', 'models.a.interpolation a text', 'models.b.1.interpolation a text'
@@ -248,8 +255,10 @@ def test_fields_of_the_protocol(written, tmp_path):
 
 def test_fields_of_the_options(written, tmp_path):
     spoiled = [(words, yaml.safe_dump(value).encode()) for words, value in spoil_fields(OPTIONS)]
-    for format in (RECIPE, f'check: hub/{NAME}/{RECIPE}', f'beside a checkpoint: {RECIPE}'):
+    for format in (RECIPE, f'check: hub/{NAME}/{RECIPE}'):
         check_format(format, spoiled, written, tmp_path)
+    spoiled = [(words, yaml.safe_dump(value).encode()) for words, value in spoil_options(OPTIONS)]
+    check_format(f'beside a checkpoint: {RECIPE}', spoiled, written, tmp_path)
 
 
 def test_fields_of_a_configuration(written, tmp_path):
@@ -278,12 +287,7 @@ def test_fields_of_a_checkpoint(format, written, tmp_path):
     spoiled += [(f'{place} dropped', change(content, place)) for place in (where, [*where, weight]) if place]
     for value in (None, 7, 'x', [], {}, {'a': 7}):
         spoiled += [(f'{place} {value}', change(content, place, value)) for place in (where, [*where, weight]) if place]
-    # A checkpoint may lack any option, and the options of another network do not count.
-    spoiled += [
-        (words, {**content, 'args': argparse.Namespace(**value)})
-        for words, value in spoil_fields(options)
-        if words.endswith((' of another type', ' a text')) and not words.startswith('model ')
-    ]
+    spoiled += [(words, {**content, 'args': argparse.Namespace(**value)}) for words, value in spoil_options(options)]
     files = []
     for words, value in spoiled:
         file = io.BytesIO()

@@ -3,7 +3,9 @@ import argparse
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data import resolve_data_config
 
 from timm_pushpull import load_model, open_dataset
@@ -169,6 +171,19 @@ def test_the_options_of_the_training_are_in_its_checkpoint(tmp_path):
     config = resolve_data_config({}, model=model, use_test_size=True)
     found = {key: config[key] for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')}
     assert found == {key: OPTIONS[key] for key in found}
+
+
+def test_weights_without_options_take_those_beside_them(tmp_path):
+    """Averaged weights, written into the folder of a run."""
+    trained = save_training(tmp_path / 'last.pth.tar')
+    save_file(trained.state_dict(), tmp_path / 'averaged.safetensors')
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**OPTIONS, 'num_classes': 9}))
+    with pytest.raises(ValueError, match='pp_resnet18 with .*averaged.safetensors: .*size mismatch for fc.bias'):
+        load_model('pp_resnet18', tmp_path / 'averaged.safetensors')
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(OPTIONS))
+    averaged, last = (load_model('pp_resnet18', tmp_path / file) for file in ('averaged.safetensors', 'last.pth.tar'))
+    assert repr(averaged) == repr(last) and averaged.training_augmentation == last.training_augmentation
+    assert resolve_data_config({}, model=averaged) == resolve_data_config({}, model=last)
 
 
 def test_options_that_are_given_come_before_those_of_the_training(tmp_path):

@@ -96,10 +96,10 @@ def load_model(
 ) -> Any:
     """Create a model and load its weights.
 
-    A checkpoint of ``train.py`` holds the options of the training. The model arguments in it, the number of classes,
-    and the size and normalization of the images are those of the model, unless they are given here. Its augmentation,
-    or that of an ``args.yaml`` beside the checkpoint or the weights of a model folder, is kept as
-    ``model.training_augmentation``.
+    A checkpoint of ``train.py`` holds the options of the training; where a file does not, as the averaged weights of
+    timm's ``avg_checkpoints.py``, an ``args.yaml`` beside it does. The model arguments in them, the number of classes,
+    and the size and normalization of the images are those of the model, unless they are given here. The augmentation in
+    them, or in the ``args.yaml`` of a model folder, is kept as ``model.training_augmentation``.
 
     Args:
         name: Model name that ``timm.create_model`` takes.
@@ -117,25 +117,32 @@ def load_model(
         OSError: If pretrained weights cannot be downloaded.
     """
     options: dict[str, Any] = {}
-    folder = Path(name.removeprefix('local-dir:')) if name.startswith('local-dir:') else hub_configs() / name
+    source = name
     if checkpoint is not None:
-        options = _check_training_options(name, checkpoint, read_training_options(checkpoint, use_ema), 'args')
-        folder = Path(checkpoint).parent
+        beside = Path(checkpoint).with_name(RECIPE)
+        saved = read_training_options(checkpoint, use_ema)
+        if saved:
+            options = _check_training_options(name, checkpoint, saved, 'args')
+        elif beside.is_file():
+            options = _check_training_options(name, beside, read_mapping(beside))
+        if options:
+            source = f'{name} with {checkpoint if saved else beside}'
     if num_classes is not None:
         model_kwargs['num_classes'] = num_classes
-    source = f'{name} with {checkpoint}'
-    with as_input_error(source if options else name):
+    with as_input_error(source):
         model: Any = create_model(name, pretrained=checkpoint is None, **{**model_args_of(options), **model_kwargs})
-        if options:
-            set_data_config(model, options)
-    beside = folder / RECIPE
-    if not options and beside.is_file():
-        options = _check_training_options(model.pretrained_cfg['architecture'], beside, read_mapping(beside))
+    if checkpoint is None:
+        folder = Path(name.removeprefix('local-dir:')) if name.startswith('local-dir:') else hub_configs() / name
+        if (folder / RECIPE).is_file():
+            architecture = model.pretrained_cfg['architecture']
+            options = _check_training_options(architecture, folder / RECIPE, read_mapping(folder / RECIPE))
+    elif options:
+        set_data_config(model, options)
     model.training_augmentation = augmentation_of(options)
     if checkpoint is None:
         return model
     drawn = _erase_drawn_alpha(model)
-    with as_input_error(source):
+    with as_input_error(f'{name} with {checkpoint}'):
         load_checkpoint(model, os.fspath(checkpoint), use_ema)
     if any(alpha.isnan().any() for alpha in drawn):
         raise InputError(
@@ -150,7 +157,8 @@ def _check_training_options(
     name: str, path: str | os.PathLike[str], options: dict[str, Any], within: str = ''
 ) -> dict[str, Any]:
     """Check the options of a training in a file; return none if they are those of another network."""
-    if str(options.get('model')).partition('.')[0] != name.partition('.')[0]:
+    trained = options.get('model')
+    if isinstance(trained, str) and trained.partition('.')[0] != name.partition('.')[0]:
         return {}
     check_fields(path, options, TRAINING_OPTIONS, within)
     return options
