@@ -8,8 +8,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import load_checkpoint
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from timm_pushpull import convert_to_push_pull
 
@@ -137,10 +138,16 @@ def test_copies_casts_averages_and_devices_keep_the_settings(tmp_path):
     ema.update(model)
     foreach = ModelEmaV3(model, decay=0.5, foreach=True)
     foreach.update(model)
+    second = ModelEmaV2(model, decay=0.9999)
+    of_torch = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=True)
+    for _ in range(100):  # both average the bytes of the buffers too
+        second.update(model)
+        of_torch.update_parameters(model)
     meta = timm.create_model(NAME, num_classes=3, avg_pool_size=5, contrast_norm=True, device='meta')
     meta = meta.to_empty(device='cpu')
     meta.load_state_dict(model.state_dict())
-    for other in (copy.deepcopy(model), copy.deepcopy(model).half(), ema.module, foreach.module, meta):
+    averages = (average.module for average in (ema, foreach, second, of_torch))
+    for other in (copy.deepcopy(model), copy.deepcopy(model).half(), *averages, meta):
         create(avg_pool_size=5, contrast_norm=True).load_state_dict(other.float().state_dict())
         with pytest.raises(RuntimeError, match='avg_pool_size=5'):
             create(contrast_norm=True).load_state_dict(other.state_dict())

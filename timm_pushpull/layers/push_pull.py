@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..ops.one_convolution import operands
 from ..ops.push_pull import Implementation, check_avg_pool_size, check_pull_kernel, push_pull_conv2d
 from ..ops.reference import PullKernel
-from .settings import SETTINGS, match_settings, set_settings
+from .settings import match_settings, set_settings, write_settings
 
 __all__ = ['PushPullConv2d']
 
@@ -204,8 +204,6 @@ class PushPullConv2d(nn.Conv2d):
         super().reset_parameters()
         if 'alpha' in self._parameters:  # not yet while nn.Conv2d is being built
             self.reset_alpha()
-        if SETTINGS in self._buffers:
-            set_settings(self, self._settings, self.weight.device)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == 'bias' and param is not None and self._parameters.get(name, param) is None:
@@ -263,6 +261,10 @@ class PushPullConv2d(nn.Conv2d):
         alpha = 'trainable' if self.trainable_alpha else self.alpha
         pull_kernel = '' if self.pull_kernel == 'inverted' else f', pull_kernel={self.pull_kernel}'
         return f'{super().extra_repr()}, avg_pool_size={self.avg_pool_size}, alpha={alpha}{pull_kernel}'
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        write_settings(destination, prefix, self._settings)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight, alpha = prefix + 'weight', prefix + 'alpha'

@@ -2,9 +2,10 @@
 
 Weights that were trained with another averaging window, pull kernel, fixed alpha, contrast normalization or
 anti-aliasing fit a model by names and shapes, and give wrong predictions. So a module with such settings has a buffer
-``settings``, the settings as JSON in bytes, and refuses a state dict with other settings. A network without settings of
-its own has no such buffer, but its unit has one. State dicts without any load as they are: those of plain networks and
-of the original code.
+``settings``, the settings as JSON in bytes, and refuses a state dict with other settings. The bytes are written anew
+into each state dict, because some running averages (EMA) average the buffer too. A network without settings of its own
+has no such buffer, but its unit has one. State dicts without any load as they are: those of plain networks and of the
+original code.
 """
 
 import functools
@@ -16,7 +17,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-__all__ = ['SETTINGS', 'guard_settings', 'is_settings', 'match_settings', 'set_settings']
+__all__ = ['SETTINGS', 'guard_settings', 'is_settings', 'match_settings', 'set_settings', 'write_settings']
 
 SETTINGS = 'settings'
 
@@ -37,6 +38,17 @@ def set_settings(module: nn.Module, settings: Mapping[str, Any], device: Any = N
     module.register_buffer(SETTINGS, _encode(settings).to(device))
 
 
+def write_settings(state_dict: dict[str, Any], prefix: str, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a module over its buffer in a state dict.
+
+    Args:
+        state_dict: State dict of the module, or of a network around it.
+        prefix: Prefix of the module's names.
+        settings: Settings of the module.
+    """
+    state_dict[prefix + SETTINGS] = _encode(settings).to(state_dict[prefix + SETTINGS].device)
+
+
 def guard_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
     """Keep the settings of a network in its state dict, and make it refuse a state dict with others.
 
@@ -46,7 +58,14 @@ def guard_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
     """
     if settings:
         set_settings(model, settings)
+        model.register_state_dict_post_hook(functools.partial(_write_after_save, dict(settings)))
     model.register_load_state_dict_pre_hook(functools.partial(_match_before_load, dict(settings)))
+
+
+def _write_after_save(
+    settings: Mapping[str, Any], model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+) -> None:
+    write_settings(state_dict, prefix, settings)
 
 
 def _match_before_load(
