@@ -150,6 +150,17 @@ def test_a_converted_model_of_fixed_inhibition(tmp_path):
     assert [float(row['alpha']) for row in read(tmp_path, 'alpha')] == [2.0] * model.stem[0].out_channels
 
 
+def test_standardized_kernels_are_drawn_as_they_are_used(tmp_path, monkeypatch):
+    model = timm.create_model('pp_any', base='nf_resnet26')
+    layer = model.stem.conv
+    edge_rows(model, tmp_path, monkeypatch)
+    for row in read(tmp_path, 'kernels'):
+        if row['kernel'] == 'push':
+            kernel = layer.kernels()[int(row['filter']), int(row['channel'])]
+            assert float(row['value']) == pytest.approx(kernel[int(row['row']), int(row['column'])].item(), abs=1e-5)
+    assert not torch.allclose(layer.kernels(), layer.weight)
+
+
 @pytest.mark.parametrize(
     'shape, settings',
     [

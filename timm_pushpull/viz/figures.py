@@ -87,7 +87,7 @@ def draw_figures(
     """
     architecture = architecture_of(model)
     path, layer = _first_unit(model, architecture)
-    weight = layer.weight.detach().float().cpu()
+    weight = layer.kernels().detach().float().cpu()
     pull = pull_kernels(weight, layer.pull_kernel)
     alpha = torch.as_tensor(layer.alpha).detach().float().cpu().expand(layer.out_channels)
     dilation = (int(layer.dilation[0]), int(layer.dilation[1]))
