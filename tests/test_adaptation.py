@@ -28,6 +28,11 @@ def norm():
     return norm
 
 
+class Transpose(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
 def test_statistics_worked_by_hand(norm):
     # Three images of two pixels: means 3 and 0.5.
     first, second = [[1.0, 2.0], [2.0, 3.0], [4.0, 6.0]], [[0.0, 1.0]] * 3
@@ -43,6 +48,14 @@ def test_statistics_worked_by_hand(norm):
         alone = norm(images)
     torch.testing.assert_close(alone.mean((0, 2, 3)), torch.zeros(2), atol=1e-6, rtol=0)
     torch.testing.assert_close(alone.var((0, 2, 3)), torch.ones(2))
+
+
+def test_images_are_counted_where_a_network_flattens_their_pixels(norm):
+    images = torch.rand(3, 2, 4, 5)
+    pixels = nn.Sequential(nn.Flatten(2), Transpose(), nn.Flatten(0, 1), nn.BatchNorm1d(2, eps=0)).eval()
+    pixels[-1].load_state_dict(norm.state_dict())
+    with adapted_batch_norm(norm, 5), adapted_batch_norm(pixels, 5):
+        torch.testing.assert_close(pixels(images), norm(images).permute(0, 2, 3, 1).flatten(0, 2))
 
 
 @pytest.mark.parametrize('error', [False, True])

@@ -66,19 +66,24 @@ def adapted_batch_norm(model: nn.Module, source_images: int) -> Iterator[None]:
         Context manager, in which the model adapts.
     """
     before: dict[nn.Module, tuple[Any, Any]] = {}
+    images = 0
+
+    def count(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal images  # not the length of the features: some networks flatten the pixels of all images into it
+        images = len(inputs[0])
 
     def blend(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         (features,) = inputs
         before[norm] = norm.running_mean, norm.running_var
         if features.numel() > features.shape[1]:  # one value for each channel has no variance
             norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
-            share = len(features) / (source_images + len(features))
+            share = images / (source_images + images)
             F.batch_norm(features, norm.running_mean, norm.running_var, training=True, momentum=share)
 
     def restore(norm: Any, *_: Any) -> None:
         norm.running_mean, norm.running_var = before.pop(norm)
 
-    hooks: list[Any] = []
+    hooks: list[Any] = [model.register_forward_pre_hook(count)]
     try:
         for norm in _batch_norms(model):
             hooks += norm.register_forward_pre_hook(blend), norm.register_forward_hook(restore, always_call=True)
