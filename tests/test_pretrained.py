@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import save_plain
 from safetensors.torch import load_file, save_file
 from timm.models import get_arch_pretrained_cfgs, save_for_hf
@@ -292,6 +293,7 @@ def test_the_warning_names_the_base(published, warnings_of_timm):
     [
         ('pp_resnet18', {}),
         ('pp_resnet18', {'stem_type': 'deep'}),
+        ('pp_resnet18', {'stem_type': 'deep', 'contrast_norm': True}),
         ('resnet50d', {}),
         ('regnety_002', {}),
         ('tf_efficientnet_lite0', {}),
@@ -308,7 +310,8 @@ def test_the_batch_norm_after_the_stem_is_measured(name, settings):
     assert {key.rpartition('.')[2] for key in changed} == {'running_mean', 'running_var', 'num_batches_tracked'}
     (norm,) = {key.rpartition('.')[0] for key in changed}
     (unit,) = (module for module in model.modules() if isinstance(module, PushPullConv2d))
-    responses = unit(torch.cat(batches))
+    x = F.group_norm(torch.cat(batches), 1) if settings.get('contrast_norm') else torch.cat(batches)
+    responses = unit(x)
     found = model.get_submodule(norm)
     torch.testing.assert_close(found.running_mean, responses.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.running_var, responses.var((0, 2, 3)), rtol=0.05, atol=1e-3)

@@ -103,14 +103,14 @@ class PushPullResNet(ResNet):
         super().__init__(*args, **kwargs)
         if cifar:
             self._shrink_stem()
+        name = 'conv1.0' if isinstance(self.conv1, nn.Sequential) else 'conv1'  # deep stem or a single convolution
         if push_pull:
-            name = 'conv1.0' if isinstance(self.conv1, nn.Sequential) else 'conv1'  # deep stem or a single convolution
             conv: Any = self.get_submodule(name)
             unit = PushPullConv2d.from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
             self.set_submodule(name, unit)
         self.contrast_norm = contrast_norm
         if contrast_norm:
-            add_contrast_norm(self.conv1)
+            add_contrast_norm(self.get_submodule(name))
         _guard_and_augment(self, contrast_norm, aa_layer, augment, augment_splits, cifar)
 
     @property
