@@ -42,6 +42,7 @@ OPTIONS = dict(
     num_classes=2,
     in_chans=3,
     gp='max',
+    bn_eps=None,
     img_size=None,
     input_size=[3, 40, 48],
     crop_pct=0.7,

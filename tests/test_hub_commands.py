@@ -190,6 +190,15 @@ def test_the_options_are_those_of_the_run(tmp_path):
     assert main(['hub', 'check', str(folder)]) == 0
 
 
+def test_the_preprocessing_is_that_of_the_tag_that_was_trained(tmp_path):
+    model = timm.create_model('pp_resnet18', num_classes=2)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    (tmp_path / RECIPE).write_text(yaml.safe_dump({'model': 'pp_resnet18.tv_in1k', 'num_classes': 2}))
+    cfg = json.loads((export(tmp_path, tmp_path) / CONFIG).read_text())['pretrained_cfg']
+    found = [cfg.get(key) for key in ('input_size', 'crop_pct', 'interpolation', 'test_input_size')]
+    assert found == [[3, 224, 224], 0.875, 'bilinear', None] and cfg['tag'] == TAG.partition('.')[2]
+
+
 def test_the_card_tells_the_unit():
     model = PushPullConv2d(3, 4, 3)
     assert 'push kernel, and a pull kernel derived from it, of inverted' in _description(model, {'avg_pool_size': 5})

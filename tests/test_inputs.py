@@ -151,6 +151,7 @@ OPTIONS = dict(
     mean=(0.1, 0.2, 0.3),
     std=(0.4, 0.5, 0.6),
 )
+LEFT_OUT = dict(input_size=None, crop_pct=None, interpolation='', mean=None, std=None)
 
 
 def save_training(path, **changes):
@@ -192,14 +193,39 @@ def test_options_that_are_given_come_before_those_of_the_training(tmp_path):
         load_model('pp_resnet18', tmp_path / 'last.pth.tar', avg_pool_size=0)
     with pytest.raises(ValueError, match='size mismatch for fc.bias'):
         load_model('pp_resnet18', tmp_path / 'last.pth.tar', num_classes=4)
-    # Those of another network mean nothing here.
+
+
+def test_options_of_another_network_do_not_count(tmp_path, caplog):
+    save_training(tmp_path / 'last.pth.tar')
     with pytest.raises(ValueError, match='Error.s. in loading state_dict'):
         load_model('resnet18', tmp_path / 'last.pth.tar', num_classes=3)
+    (record,) = caplog.records
+    assert 'last.pth.tar has the options of pp_resnet18: resnet18 takes neither' in record.message
+
+
+def test_the_tag_of_the_training_has_its_preprocessing(tmp_path):
+    save_training(tmp_path / 'last.pth.tar', **LEFT_OUT, model='pp_resnet18.tv_in1k')
+    config = resolve_data_config({}, model=load_model('pp_resnet18', tmp_path / 'last.pth.tar'))
+    assert (config['input_size'], config['crop_pct'], config['interpolation']) == ((3, 224, 224), 0.875, 'bilinear')
+    config = resolve_data_config({}, model=load_model('pp_resnet18.a1_in1k', tmp_path / 'last.pth.tar'))
+    assert (config['crop_pct'], config['interpolation']) == (0.95, 'bicubic')
+
+
+def test_the_epsilon_of_the_batch_norms_is_that_of_the_training(tmp_path):
+    options = dict(model='tf_efficientnet_lite0', num_classes=3, bn_eps=0.5)
+    state_dict = timm.create_model('tf_efficientnet_lite0', num_classes=3).state_dict()
+    torch.save({'state_dict': state_dict, 'args': argparse.Namespace(**options)}, tmp_path / 'last.pth.tar')
+    assert load_model('tf_efficientnet_lite0', tmp_path / 'last.pth.tar').bn1.eps == 0.5
+
+
+def test_a_random_classifier_is_refused():
+    with pytest.raises(ValueError, match='num_classes must be 10, the classes of the weights .*, got 5: the'):
+        load_model('pp_resnet18.pp3_r64_imagenette', num_classes=5)
+    assert load_model('pp_resnet18.pp3_r64_imagenette', num_classes=10).num_classes == 10
 
 
 def test_a_size_that_the_training_left_out_stays_the_models(tmp_path):
-    left_out = dict(input_size=None, crop_pct=None, interpolation='', mean=None, std=None)
-    save_training(tmp_path / 'last.pth.tar', **left_out)
+    save_training(tmp_path / 'last.pth.tar', **LEFT_OUT)
     config = resolve_data_config({}, model=load_model('pp_resnet18', tmp_path / 'last.pth.tar'))
     assert (config['input_size'], config['crop_pct'], config['mean'][0]) == ((3, 224, 224), 0.95, 0.485)
 

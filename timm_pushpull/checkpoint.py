@@ -81,7 +81,7 @@ def model_args_of(options: Mapping[str, Any]) -> dict[str, Any]:
     model_args = {
         key: value for key, value in (options.get('model_kwargs') or {}).items() if not key.startswith('augment')
     }
-    named = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'gp': 'global_pool'}
+    named = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'gp': 'global_pool', 'bn_eps': 'bn_eps'}
     given = {argument: options[option] for option, argument in named.items() if options.get(option) is not None}
     if (channels := (options.get('input_size') or [3])[0]) != 3:  # as train.py does
         given.setdefault('in_chans', channels)

@@ -75,6 +75,7 @@ TRAINING_OPTIONS = {  # those of train.py that this package reads
     'num_classes': optional(INTEGER),
     'in_chans': optional(COUNT),
     'gp': optional(TEXT),
+    'bn_eps': optional(POSITIVE),
     'img_size': optional(COUNT),
     'input_size': optional(SIZE),
     'crop_pct': optional(POSITIVE),

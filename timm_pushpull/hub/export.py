@@ -164,9 +164,9 @@ def _training_options(checkpoint: Path, name: str, use_ema: bool) -> dict[str, A
 
 def _build(name: str, options: Mapping[str, Any], path: Path) -> Any:
     """Build the network as ``train.py`` does, with the preprocessing of its images in ``pretrained_cfg``."""
-    architecture, _, tag = name.partition('.')
+    tag = name.partition('.')[2]
     with as_input_error(str(path)):
-        model: Any = create_model(architecture, **model_args_of(options))
+        model: Any = create_model(options['model'], **model_args_of(options))
         set_data_config(model, options)
     paper = PAPER if has_unit(model) else {}
     reduction = model.feature_info[-1]['reduction']

@@ -1,6 +1,7 @@
 """Opens a dataset and loads models as timm's ``validate.py`` does, with errors that name the argument to change."""
 
 import contextlib
+import logging
 import os
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from ..registry import RECIPE, hub_configs
 from .classes import check_not_training
 
 __all__ = ['as_input_error', 'load_model', 'load_models', 'open_dataset']
+
+_logger = logging.getLogger(__name__)
 
 
 def open_dataset(
@@ -97,9 +100,10 @@ def load_model(
     """Create a model and load its weights.
 
     A checkpoint of ``train.py`` holds the options of the training; where a file does not, as the averaged weights of
-    timm's ``avg_checkpoints.py``, an ``args.yaml`` beside it does. The model arguments in them, the number of classes,
-    and the size and normalization of the images are those of the model, unless they are given here. The augmentation in
-    them, or in the ``args.yaml`` of a model folder, is kept as ``model.training_augmentation``.
+    timm's ``avg_checkpoints.py``, an ``args.yaml`` beside it does. The tag of the network, the model arguments, the
+    number of classes, and the size and normalization of the images in them are those of the model, unless they are
+    given here. The augmentation in them, or in the ``args.yaml`` of a model folder, is kept as
+    ``model.training_augmentation``. Options of another network count for nothing, which a warning says.
 
     Args:
         name: Model name that ``timm.create_model`` takes.
@@ -112,8 +116,8 @@ def load_model(
         The model.
 
     Raises:
-        ValueError: If there is no such model, checkpoint or argument, if they do not fit, or if the checkpoint holds no
-            alpha and the model would keep a random one.
+        ValueError: If there is no such model, checkpoint or argument, if they do not fit, or if the model would keep a
+            random classifier or alpha, because the weights hold none.
         OSError: If pretrained weights cannot be downloaded.
     """
     options: dict[str, Any] = {}
@@ -129,8 +133,15 @@ def load_model(
             source = f'{name} with {checkpoint if saved else beside}'
     if num_classes is not None:
         model_kwargs['num_classes'] = num_classes
+    # The tag of the training has the mean, std, crop and interpolation that train.py took from it.
+    created = options['model'] if options and '.' not in name else name
     with as_input_error(source):
-        model: Any = create_model(name, pretrained=checkpoint is None, **{**model_args_of(options), **model_kwargs})
+        model: Any = create_model(created, pretrained=checkpoint is None, **{**model_args_of(options), **model_kwargs})
+    if checkpoint is None and num_classes not in (None, trained_on := model.pretrained_cfg['num_classes']):
+        raise InputError(
+            f'num_classes must be {trained_on}, the classes of the weights of {name}, got {num_classes}: the '
+            'classifier would be random. Give a checkpoint.'
+        )
     if checkpoint is None:
         folder = Path(name.removeprefix('local-dir:')) if name.startswith('local-dir:') else hub_configs() / name
         if (folder / RECIPE).is_file():
@@ -156,9 +167,13 @@ def load_model(
 def _check_training_options(
     name: str, path: str | os.PathLike[str], options: dict[str, Any], within: str = ''
 ) -> dict[str, Any]:
-    """Check the options of a training in a file; return none if they are those of another network."""
+    """Check the options of a training in a file; return none, with a warning, if they are those of another network."""
     trained = options.get('model')
     if isinstance(trained, str) and trained.partition('.')[0] != name.partition('.')[0]:
+        _logger.warning(
+            f'{path} has the options of {trained}: {name} takes neither model arguments nor the size and '
+            'normalization of the images from them.'
+        )
         return {}
     check_fields(path, options, TRAINING_OPTIONS, within)
     return options
