@@ -18,10 +18,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_hub import FOLDER, NAME
+from timm.data import resolve_data_config
 
-from timm_pushpull import PushPullConv2d
+from timm_pushpull import PushPullConv2d, open_dataset
 from timm_pushpull.class_lists import find_class_map
 from timm_pushpull.cli import main
+from timm_pushpull.errors import InputError
 from timm_pushpull.hub.card import Evaluation, _description, _results
 from timm_pushpull.hub.export import _label_config, _labels, _read_evaluation, _without_paths
 from timm_pushpull.models.pretrained import HUB_MODELS
@@ -29,6 +31,7 @@ from timm_pushpull.recipes import read_recipe
 from timm_pushpull.registry import CARD, CHECKSUM, CONFIG, RECIPE, hub_configs, read_checksum
 from timm_pushpull.robustness.evaluate import evaluate_robustness
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS, display_name
+from timm_pushpull.robustness.store import read_protocol
 from timm_pushpull.weights import WEIGHTS, file_sha256
 
 CLASSES = ['n01440764', 'n02102040']
@@ -263,6 +266,24 @@ def test_the_evaluation_of_a_checkpoint_has_its_baseline(data, tmp_path):
     evaluate_robustness(nets, tmp_path / 'out', images, corruptions=(), baseline='plain')
     evaluation = _read_evaluation(tmp_path / 'out', 'x', nets['ours'], nets['ours'])
     assert (evaluation.row['model'], evaluation.baseline['model']) == ('ours', 'plain')
+
+
+def test_the_evaluation_is_not_that_of_the_adapted_model(data, tmp_path):
+    net, images = timm.create_model('test_resnet', num_classes=2).eval(), open_dataset(data / 'val')
+    evaluate_robustness({'net': net}, tmp_path / 'out', images, corruptions=(), adapt_batch_norm=4)
+    assert read_protocol(tmp_path / 'out')['models'].keys() == {'net', 'net+bn4'}
+    assert _read_evaluation(tmp_path / 'out', 'x', net, net).row['model'] == 'net'
+
+
+def test_two_evaluations_of_the_same_weights_are_refused(data, tmp_path):
+    net, other = (timm.create_model('test_resnet', num_classes=2).eval() for _ in range(2))
+    images, named = open_dataset(data / 'val'), {'small': net, 'other': other, 'large': net}
+    data_configs = {name: resolve_data_config({'input_size': (3, 32, 32)}, model=net) for name in named}
+    data_configs['large']['input_size'] = (3, 64, 64)
+    evaluate_robustness(named, tmp_path / 'out', images, corruptions=(), data_configs=data_configs)
+    with pytest.raises(InputError, match='out holds several results of these weights: small, large. Give'):
+        _read_evaluation(tmp_path / 'out', 'x', net, net)
+    assert _read_evaluation(tmp_path / 'out', 'x', other, other).row['model'] == 'other'
 
 
 def test_names_of_classes_in_a_configuration():

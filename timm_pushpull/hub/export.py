@@ -228,17 +228,27 @@ def _top1(models: Sequence[nn.Module], dataset: Any, **measurement: Any) -> list
 
 def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Module) -> Evaluation:
     """Find the results of the rounded weights or, if there are none, of the weights before rounding."""
-    protocol = read_protocol(results)
-    labels = {details['weights_sha256']: label for label, details in protocol['models'].items()}
+    protocol, predictions = read_protocol(results), read_predictions(results)
+    # A model that adapts its BatchNorm has these weights too, but other errors.
+    hashes = {
+        label: details['weights_sha256']
+        for label, details in protocol['models'].items()
+        if predictions[label] and 'adapt_batch_norm' not in details
+    }
     for weights in (rounded, model):
-        label = labels.get(hash_weights(weights))
-        if label is not None:
-            rows = {row['model']: row for row in summarize(protocol, read_predictions(results), read_baseline(results))}
-            if label in rows:
-                baseline = baseline_of(label, rows[label]['baseline'], rows)
-                return Evaluation(protocol, rows[label], rows.get(baseline or ''), weights is rounded)
+        of_weights = hash_weights(weights)
+        labels = [label for label, sha256 in hashes.items() if sha256 == of_weights]
+        if len(labels) > 1:
+            raise InputError(
+                f'{results} holds several results of these weights: {", ".join(labels)}. Give a results folder with '
+                'one of them.'
+            )
+        for label in labels:
+            rows = {row['model']: row for row in summarize(protocol, predictions, read_baseline(results))}
+            baseline = baseline_of(label, rows[label]['baseline'], rows)
+            return Evaluation(protocol, rows[label], rows.get(baseline or ''), weights is rounded)
     raise InputError(
-        f'{results} holds no results of these weights; its models are {", ".join(labels.values())}. Export without '
+        f'{results} holds no results of these weights; its models are {", ".join(protocol["models"])}. Export without '
         f'results into FOLDER, then measure the model: timm-pushpull robustness {name}=local-dir:FOLDER/{name}.'
     )
 
