@@ -29,9 +29,10 @@ from timm_pushpull.hub.export import _label_config, _labels, _read_evaluation, _
 from timm_pushpull.models.pretrained import HUB_MODELS
 from timm_pushpull.recipes import read_recipe
 from timm_pushpull.registry import CARD, CHECKSUM, CONFIG, RECIPE, hub_configs, read_checksum
+from timm_pushpull.robustness.data import open_stored
 from timm_pushpull.robustness.evaluate import evaluate_robustness
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS, display_name
-from timm_pushpull.robustness.store import read_protocol
+from timm_pushpull.robustness.store import read_protocol, write_protocol
 from timm_pushpull.weights import WEIGHTS, file_sha256
 
 CLASSES = ['n01440764', 'n02102040']
@@ -260,12 +261,78 @@ def test_the_card_holds_the_evaluation(run, exported, data, tmp_path, capsys):
     assert 'The weights were measured before rounding' in card.text and card.data.eval_results is None
 
 
+VIEW = '--input-size 3 48 40 --interpolation bicubic --mean 0.4 0.5 0.6 --std 0.3 0.2 0.1 --crop-pct 0.75'
+
+
+@pytest.mark.parametrize(
+    'images, options, facts',
+    [
+        (
+            '--data-dir DATA',
+            f'--limit 2 --seed 3 --corruptions fog spatter --severities 2 4 {VIEW} --amp --amp-dtype bfloat16',
+            'seed 3, .*Means over severities 2 4.*Not the defaults of the model: `input_size=3 48 40`, '
+            '`interpolation=bicubic`, `mean=0.4 0.5 0.6`, `std=0.3 0.2 0.1`, `crop_pct=0.75`, `precision=bfloat16`',
+        ),
+        (
+            '--stored STORED',
+            '--limit 4 --corruptions sparkles --severities 1 --skip-unreadable --amp --amp-dtype float16',
+            'stored .*: `precision=float16`.*could not be read: 1. ',
+        ),
+        ('--stored STORED --data-dir DATA', '--limit 4 --corruptions fog sparkles --severities 1', 'Top-1 accuracy'),
+    ],
+)
+def test_the_command_of_the_card_gives_its_numbers(images, options, facts, run, exported, data, tmp_path):
+    pytest.importorskip('imagecorruptions')
+    for corruption in ('fog', 'sparkles'):
+        shutil.copytree(data / 'val', tmp_path / 'stored' / corruption / '1')
+    if '--skip-unreadable' in options:
+        (tmp_path / 'stored' / 'sparkles' / '1' / CLASSES[1] / '0.png').write_text('not an image')
+    paths = {'DATA': str(data), 'STORED': str(tmp_path / 'stored'), 'FOLDER': str(tmp_path / 'stored')}
+    model = f'local-dir:{exported}'
+    arguments = ['robustness', model, *images.split(), '--output', str(tmp_path / 'first'), *options.split()]
+    assert main([paths.get(word, word) for word in arguments]) == 0
+    card = ModelCard.load(export(run, tmp_path, '--results', str(tmp_path / 'first')) / CARD)
+    assert re.search(facts, card.text)
+    assert ('Not the defaults' in card.text) == ('--amp' in options)
+    named = [result.dataset_name for result in card.data.eval_results or []]
+    assert all(('precision=bfloat16' in name) == ('bfloat16' in options) for name in named)
+    words = re.search('timm-pushpull (robustness .*)\n', card.text)[1].split()
+    paths |= {'results': str(tmp_path / 'second'), f'hf-hub:timm-pushpull/{TAG}': model}
+    assert main([paths.get(word, word) for word in words]) == 0
+    assert read_protocol(tmp_path / 'second') == read_protocol(tmp_path / 'first')
+    assert (tmp_path / 'second' / 'summary.csv').read_text() == (tmp_path / 'first' / 'summary.csv').read_text()
+
+
+def test_results_that_a_card_would_hide_are_refused(data, tmp_path):
+    net, images = timm.create_model('test_resnet', num_classes=2).eval(), open_dataset(data / 'val')
+    evaluate_robustness({'net': net}, tmp_path / 'out', images, shifted={'renditions': images}, corruptions=())
+    with pytest.raises(InputError, match='renditions holds results on a natural shift'):
+        _read_evaluation(tmp_path / 'out' / 'shifted' / 'renditions', 'x', net, net)
+    protocol = read_protocol(tmp_path / 'out')
+    protocol['data']['real_labels_sha256'] = 'ab' * 32
+    write_protocol(tmp_path / 'out', protocol)
+    with pytest.raises(InputError, match='out holds results by ImageNet-ReaL labels'):
+        _read_evaluation(tmp_path / 'out', 'x', net, net)
+
+
 def test_the_evaluation_of_a_checkpoint_has_its_baseline(data, tmp_path):
     nets = {name: timm.create_model('test_resnet', num_classes=2).eval() for name in ('ours', 'plain')}
     images = timm.data.create_dataset('', root=str(data / 'val'))
     evaluate_robustness(nets, tmp_path / 'out', images, corruptions=(), baseline='plain')
     evaluation = _read_evaluation(tmp_path / 'out', 'x', nets['ours'], nets['ours'])
     assert (evaluation.row['model'], evaluation.baseline['model']) == ('ours', 'plain')
+
+
+def test_the_size_for_tests_is_the_default_of_clean_images(data, tmp_path):
+    sizes = dict(input_size=(3, 32, 32), test_input_size=(3, 48, 48))
+    net = timm.create_model('test_resnet', num_classes=2, pretrained_cfg_overlay=sizes).eval()
+    shutil.copytree(data / 'val', tmp_path / 'stored' / 'fog' / '1')
+    stored, passes = open_stored(tmp_path / 'stored', ['fog'], [1]), dict(corruptions=['fog'], severities=[1])
+    evaluate_robustness({'net': net}, tmp_path / 'clean', open_dataset(data / 'val'), corruptions=())
+    evaluate_robustness({'net': net}, tmp_path / 'corrupted', stored=stored, **passes)
+    for folder, size in (('clean', 48), ('corrupted', 32)):
+        evaluation = _read_evaluation(tmp_path / folder, 'x', net, net)
+        assert (evaluation.row['img_size'], evaluation.unlike_default) == (size, {})
 
 
 def test_the_evaluation_is_not_that_of_the_adapted_model(data, tmp_path):
@@ -301,7 +368,8 @@ def test_a_recipe_has_no_option_of_one_machine():
 def test_the_card_shows_the_baseline_beside_the_model():
     numbers = dict(E=(10, 8, 13), plain_mCE=(30, 27, 34), CE_fog=(50, 41, 52))
     row, baseline = (
-        {'model': model, 'top1': 90.0 - shift, 'severities': '1 2 3 4 5'}
+        {'model': model, 'top1': 90.0 - shift, 'severities': '1 2 3 4 5', 'unreadable': 0}
+        | {'img_size': 64 + shift, 'crop_pct': 1.0, 'interpolation': 'bilinear'}
         | {
             f'{name}{end}': n + shift
             for name, ns in numbers.items()
@@ -310,10 +378,12 @@ def test_the_card_shows_the_baseline_beside_the_model():
         for model, shift in (('ours', 0), ('plain', 7))
     )
     protocol = dict(data=dict(images=100, classes=10), corruptions=dict(generated_by='a package', seed=0))
-    text = '\n'.join(_results('name', 'name', Evaluation(protocol, row, baseline, True), None, 3, 'float16'))
+    protocol['models'] = {'ours': {}, 'plain': {}, 'ours+bn4': {'adapt_batch_norm': {}}}
+    text = '\n'.join(_results('name', 'name', Evaluation(protocol, row, baseline, True, {}), None, 3, 'float16'))
     assert '| name | baseline: plain |' in text
     assert '| **E** | 10.0 (8.0 to 13.0) | 17.0 (15.0 to 20.0) |' in text
     assert '| fog | 50.0 (41.0 to 52.0) | 57.0 (48.0 to 59.0) |' in text
+    assert 'in different ways: 64 pixels, crop 1.0, bilinear; 71 pixels' in text and 'BatchNorm adapted' not in text
 
 
 def test_export_refuses(run, tmp_path, capsys):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import yaml
-from timm.data import ImageNetInfo
+from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 
 from ..checkpoint import model_args_of, read_training_options, set_data_config
@@ -229,6 +229,12 @@ def _top1(models: Sequence[nn.Module], dataset: Any, **measurement: Any) -> list
 def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Module) -> Evaluation:
     """Find the results of the rounded weights or, if there are none, of the weights before rounding."""
     protocol, predictions = read_protocol(results), read_predictions(results)
+    if 'shift' in protocol['corruptions'] or 'real_labels_sha256' in protocol['data']:
+        kind = 'on a natural shift' if 'shift' in protocol['corruptions'] else 'by ImageNet-ReaL labels'
+        raise InputError(
+            f'{results} holds results {kind}, but a model card has the errors on clean and corrupted images by their '
+            'own labels: give results of these.'
+        )
     # A model that adapts its BatchNorm has these weights too, but other errors.
     hashes = {
         label: details['weights_sha256']
@@ -246,11 +252,21 @@ def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Mod
         for label in labels:
             rows = {row['model']: row for row in summarize(protocol, predictions, read_baseline(results))}
             baseline = baseline_of(label, rows[label]['baseline'], rows)
-            return Evaluation(protocol, rows[label], rows.get(baseline or ''), weights is rounded)
+            unlike_default = _unlike_default(protocol, label, rounded)
+            return Evaluation(protocol, rows[label], rows.get(baseline or ''), weights is rounded, unlike_default)
     raise InputError(
         f'{results} holds no results of these weights; its models are {", ".join(protocol["models"])}. Export without '
         f'results into FOLDER, then measure the model: timm-pushpull robustness {name}=local-dir:FOLDER/{name}.'
     )
+
+
+def _unlike_default(protocol: Mapping[str, Any], label: str, model: nn.Module) -> dict[str, Any]:
+    """Return how the images and the precision differed from those by which the command would measure the model."""
+    config = resolve_data_config({}, model=model, use_test_size='stored_as' not in protocol['corruptions'])
+    default = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    default['precision'] = 'float32'
+    details = {**default, **protocol['models'][label]}
+    return {key: details[key] for key in default if details[key] != default[key]}
 
 
 def _umask() -> int:

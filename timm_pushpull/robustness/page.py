@@ -446,7 +446,7 @@ def protocol_sentence(protocol: Mapping[str, Any]) -> str:
         protocol: Content of ``protocol.json``.
 
     Returns:
-        HTML.
+        Text.
     """
     data, corruptions = protocol['data'], protocol['corruptions']
     if 'generated_by' in corruptions:
@@ -467,7 +467,7 @@ def protocol_sentence(protocol: Mapping[str, Any]) -> str:
     if 'real_labels_sha256' in data:
         sentences.append('Labels: ImageNet-ReaL.')
     sentences.append('Intervals: the middle 95% of 1,000 resamples of the images.')
-    return html.escape(' '.join(sentences))
+    return ' '.join(sentences)
 
 
 def protocol_table(protocol: Mapping[str, Any]) -> str:

@@ -160,7 +160,7 @@ def _folder_section(part: _Part, output: Path, prefix: str, baseline: str | None
     }
     strips = [page.example_strips(examples, len(part.predictions) > 1)] if examples else []
     return [
-        f'<p>{page.protocol_sentence(part.protocol)}</p>',
+        f'<p>{html.escape(page.protocol_sentence(part.protocol))}</p>',
         *_tables_and_plots(rows, part.shifts, paired, figures, strips, output, prefix, pairs),
         '<h2>Protocol</h2>',
         *(f'<p><b>{html.escape(sentence)}</b></p>' for sentence in unfair_comparisons(part.protocol, rows)),
