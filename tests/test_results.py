@@ -200,6 +200,16 @@ def test_a_summary_that_names_a_model_twice_is_refused(tmp_path):
         read_summary(path)
 
 
+@pytest.mark.parametrize('column, values', [('severities', ['1 2 3 4 5', '3']), ('baseline', ['b', ''])])
+def test_rows_that_no_sentence_holds_for_are_refused(column, values, tmp_path):
+    path = summary_of_two(tmp_path)
+    rows = [{**row, column: value} for row, value in zip(read_csv(path), values, strict=True)]
+    write_csv(path, rows)
+    words = f"summary.csv must have one value of {column} in all rows, it has '{values[0]}', '{values[1]}'"
+    with pytest.raises(ValueError, match=words):
+        read_summary(path)
+
+
 def test_a_table_keeps_its_cells(tmp_path):
     rows = [{'a': 'x\ry\r\nz', 'b': 'with, comma'}, {'a': '', 'b': '"'}]
     write_csv(tmp_path / 'table.csv', rows)

@@ -224,7 +224,8 @@ def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         Its rows, see :func:`summarize`.
 
     Raises:
-        ValueError: If the file is not such a table, if a cell is wrong, or if a model is named twice.
+        ValueError: If the file is not such a table, if a cell is wrong, if rows differ in ``severities`` or
+            ``baseline``, or if a model is named twice.
     """
     table = read_csv(path)
     columns = {column for measure in measures_of(table) for column in columns_of(measure)}
@@ -242,6 +243,13 @@ def read_summary(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if row[measure] == '' != row[low] + row[high]:
                 raise InputError(f'{path}, row {number}: {measure} must be a number, its interval is given.')
     _baseline_in(path, rows)
+    for column in ('severities', 'baseline'):
+        values = dict.fromkeys(row[column] for row in rows)
+        if len(values) > 1:
+            raise InputError(
+                f'{path} must have one value of {column} in all rows, it has {", ".join(map(repr, values))}: give rows '
+                'with different values in different files.'
+            )
     models = [row['model'] for row in rows]
     if twice := next((model for model in models if models.count(model) > 1), None):
         raise InputError(f'{path} names {twice} twice: delete or rename one of its rows.')
