@@ -75,10 +75,21 @@ def test_an_image_that_one_model_could_not_read_counts_for_neither(tmp_path):
     write_predictions(predictions_path(tmp_path, 'a', 'clean', 0), predictions)
     row, back = differences(tmp_path, ('a', 'b'), ('b', 'a'))
     assert row['E'] == -back['E'] == pytest.approx(100 * (25 - 20) / 95, abs=1e-3)
+    assert row['images'] == back['images'] == 95
     assert 0 < row['E_low'] < row['E'] < row['E_high']
     predictions['rank'] = UNREADABLE
     write_predictions(predictions_path(tmp_path, 'a', 'clean', 0), predictions)
     assert differences(tmp_path, ('a', 'b')) == []
+
+
+def test_an_image_that_both_models_could_read_in_one_pass_counts(tmp_path):
+    write_results(tmp_path, {name: {('clean', 0): 20, ('fog', 1): 30} for name in 'ab'})
+    for name, severity, unreadable in (('clean', 0, 20), ('fog', 1, 7)):
+        predictions = np.zeros(100, PREDICTION)
+        predictions['rank'][:unreadable] = UNREADABLE
+        write_predictions(predictions_path(tmp_path, 'b', name, severity), predictions)
+    (row,) = differences(tmp_path, ('a', 'b'))
+    assert row['images'] == 93
 
 
 def test_a_missing_pass_leaves_out_what_needs_it(tmp_path):

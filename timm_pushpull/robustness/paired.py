@@ -71,16 +71,18 @@ def paired_differences(
         pairs: Names FROM and TO of each pair.
 
     Returns:
-        One row for each pair: ``from``, ``to``, the number of ``images``, then TO minus FROM, in points, for E, each
-        CE, the means, and the mean CE of each kind of corruption, with the ends of its interval; '' where one of the
-        two models lacks a pass. A pair without any interval has no row.
+        One row for each pair: ``from``, ``to``, the number of ``images`` that both could read in a pass, then TO
+        minus FROM, in points, for E, each CE, the means, and the mean CE of each kind of corruption, with the ends of
+        its interval; '' where one of the two models lacks a pass. A pair without any interval has no row.
     """
     severities = severities_of(predictions)
     rows = []
     for pair in pairs:
-        both = resampled_measures(_common(predictions, pair), severities, protocol['data'])
+        common = _common(predictions, pair)
+        both = resampled_measures(common, severities, protocol['data'])
         start, end = (_with_kinds(both[name]) for name in pair)
-        row: dict[str, Any] = {'from': pair[0], 'to': pair[1], 'images': protocol['data']['images']}
+        read_by_both = np.any([array['rank'] != UNREADABLE for array in common[pair[0]].values()], 0)
+        row: dict[str, Any] = {'from': pair[0], 'to': pair[1], 'images': int(read_by_both.sum())}
         for measure in start:  # both have the same passes, so the same measures
             difference = None if start[measure] is None else end[measure] - start[measure]
             row |= interval_columns(measure, difference)
