@@ -308,6 +308,10 @@ def test_results_that_a_card_would_hide_are_refused(data, tmp_path):
     evaluate_robustness({'net': net}, tmp_path / 'out', images, shifted={'renditions': images}, corruptions=())
     with pytest.raises(InputError, match='renditions holds results on a natural shift'):
         _read_evaluation(tmp_path / 'out' / 'shifted' / 'renditions', 'x', net, net)
+    (tmp_path / 'labels.txt').write_text('1\n0\n')  # in the results class 0 is that of logit 1
+    evaluate_robustness({'net': net}, tmp_path / 'two', images, corruptions=(), valid_labels=tmp_path / 'labels.txt')
+    with pytest.raises(InputError, match='two must hold results on all classes of the model in its order'):
+        _read_evaluation(tmp_path / 'two', 'x', net, net)
     protocol = read_protocol(tmp_path / 'out')
     protocol['data']['real_labels_sha256'] = 'ab' * 32
     write_protocol(tmp_path / 'out', protocol)

@@ -97,6 +97,19 @@ def test_the_list_of_all_classes_is_timms():
         assert file.read().split() == SYNSETS
 
 
+@pytest.mark.parametrize('names', [{}, {'label_names': ImageNetInfo().label_descriptions()}], ids=['none', 'words'])
+def test_all_synsets_in_another_order_are_refused(names, tmp_path):
+    model, folder = network(**names), write_images(tmp_path / 'data')
+    (tmp_path / 'map.txt').write_text('\n'.join(SYNSETS[::-1]))
+    reverse = open_dataset(folder, class_map=str(tmp_path / 'map.txt'))
+    with pytest.raises(ValueError, match='net has its classes in another order than the images: class 0 is .n01440764'):
+        evaluate_robustness({'net': model}, tmp_path / 'out', reverse, corruptions=[])
+    (tmp_path / 'map.txt').write_text('\n'.join(SYNSETS))
+    evaluate_robustness(
+        {'net': model}, tmp_path / 'out', open_dataset(folder, class_map=str(tmp_path / 'map.txt')), corruptions=[]
+    )
+
+
 def test_models_of_these_classes_join_restricted_ones(tmp_path):
     models = {'all': network(), 'ten': network(10), 'named': network(12, label_names=[*TEN[::-1], 'a', 'b'])}
     images = open_dataset(write_images(tmp_path / 'data'))

@@ -250,6 +250,11 @@ def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Mod
                 'one of them.'
             )
         for label in labels:
+            if 'valid_labels_sha256' in protocol['models'][label]:
+                raise InputError(
+                    f'{results} must hold results on all classes of the model in its order, those of {label} are '
+                    'not: measure images of all its classes, without valid_labels.'
+                )
             rows = {row['model']: row for row in summarize(protocol, predictions, read_baseline(results))}
             baseline = baseline_of(label, rows[label]['baseline'], rows)
             unlike_default = _unlike_default(protocol, label, rounded)

@@ -55,7 +55,7 @@ def find_model_classes(name: str, model: Any, images: Any, valid_labels: Sequenc
             f'own classes, or fine-tune it on these. {" ".join(images.notes)}'.strip()
         )
     if valid_labels is None:
-        return ModelClasses(None, check_labels(name, names[0], classes))
+        return ModelClasses(None, check_labels(name, next(iter(known), names[0]), classes))
     if len(valid_labels) != count:
         raise InputError(f'valid_labels must have one line for each of the {count} classes, got {len(valid_labels)}.')
     if wrong := [label for label in valid_labels if not 0 <= label < of_model]:
