@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..files import write_table
 
-__all__ = ['Comparison', 'Ratio', 'check_device', 'compare', 'peak_bytes', 'seconds', 'write_comparisons']
+__all__ = ['Comparison', 'check_device', 'compare', 'peak_bytes', 'ratio', 'seconds', 'write_comparisons']
 
 
 class Comparison(NamedTuple):
@@ -41,43 +41,18 @@ class Comparison(NamedTuple):
     reference_memory_ratio: float
 
 
-class Ratio(NamedTuple):
-    """Times of two implementations, in seconds, and their ratio: median and range over the rounds."""
+def ratio(times: Sequence[float], reference_times: Sequence[float]) -> tuple[float, float, float]:
+    """Compare the time of each round with the time of the reference in the same round.
 
-    name: str
-    seconds: float
-    reference_seconds: float
-    median: float
-    low: float
-    high: float
+    Args:
+        times: Times in seconds, one for each round.
+        reference_times: Times of the reference in seconds, one for each round.
 
-    @classmethod
-    def of(cls, name: str, times: Sequence[float], reference_times: Sequence[float]) -> 'Ratio':
-        """Compare the time of each round with the time of the reference in the same round.
-
-        Args:
-            name: Name of the comparison.
-            times: Times in seconds, one for each round.
-            reference_times: Times of the reference in seconds, one for each round.
-
-        Returns:
-            Medians and range.
-        """
-        ratios = np.divide(times, reference_times)
-        return cls(
-            name,
-            seconds=float(np.median(times)),
-            reference_seconds=float(np.median(reference_times)),
-            median=float(np.median(ratios)),
-            low=float(ratios.min()),
-            high=float(ratios.max()),
-        )
-
-    def in_words(self) -> str:
-        return (
-            f'{self.name}: {self.median:.2f} (from {self.low:.2f} to {self.high:.2f}; '
-            f'medians {self.seconds:.2f} s over {self.reference_seconds:.2f} s)'
-        )
+    Returns:
+        Median, lowest and highest of the ratios.
+    """
+    ratios = np.divide(times, reference_times)
+    return float(np.median(ratios)), float(ratios.min()), float(ratios.max())
 
 
 def compare(
@@ -114,10 +89,9 @@ def compare(
         for name in order:
             times[name].append(seconds(calls[name], device))
         order = order[1:] + order[:1]  # so that no call always finds the caches of the same predecessor
-    ratios = (Ratio.of(name, times[name], times['plain']) for name in ('ours', 'reference'))
     return Comparison(
         *(what, use, memory_format, precision, compiled, float(np.median(times['plain']))),
-        *(value for ratio in ratios for value in (ratio.median, ratio.low, ratio.high)),
+        *(value for name in ('ours', 'reference') for value in ratio(times[name], times['plain'])),
         *(memory[name] / memory['plain'] for name in ('ours', 'reference')),
     )
 

@@ -22,29 +22,16 @@ def add_to(commands: Any) -> None:
     prime = benches.add_parser('prime', help='PRIME compared with its plain formulation')
     prime.add_argument('--preset', default='imagenet', metavar='NAME', help='imagenet or cifar (default: %(default)s)')
     prime.set_defaults(run=run_prime)
-    robustness = benches.add_parser('robustness', help="the evaluation compared with timm's validate.py")
-    robustness.add_argument(
-        '--model', default='resnet18', metavar='MODEL', help='model name of timm (default: %(default)s)'
-    )
-    robustness.add_argument(
-        '--images', type=int, default=256, metavar='N', help='number of images, at least 80 (default: %(default)s)'
-    )
-    robustness.add_argument(
-        '--workers', type=int, default=2, metavar='N', help='processes that decode images (default: %(default)s)'
-    )
-    robustness.set_defaults(run=run_robustness)
     bench.set_defaults(run=run, **dict.fromkeys(('networks', 'img_size', 'output', 'batch_size', 'rounds', 'device')))
-    for parser in (bench, networks, prime, robustness):
+    for parser in (bench, networks, prime):
         # SUPPRESS, because a default would replace what was given before WHAT.
         option = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
         if parser in (bench, networks):
             option('--networks', nargs='+', metavar='NAME', help='plain networks (default: resnet18 resnet50)')
-        if parser is not robustness:
-            option('--img-size', type=int, metavar='N', help='side of the images, in pixels (default: 224)')
-            option('--output', metavar='FILE', help='CSV file of all numbers')
-        batch_size, rounds = (64, 5) if parser is robustness else (16, 6)
-        option('--batch-size', type=int, metavar='N', help=f'images in a batch (default: {batch_size})')
-        option('--rounds', type=int, metavar='N', help=f'repetitions (default: {rounds})')
+        option('--img-size', type=int, metavar='N', help='side of the images, in pixels (default: 224)')
+        option('--output', metavar='FILE', help='CSV file of all numbers')
+        option('--batch-size', type=int, metavar='N', help='images in a batch (default: 16)')
+        option('--rounds', type=int, metavar='N', help='repetitions (default: 6)')
         option('--device', help='device of the networks (default: cpu)')
 
 
@@ -60,14 +47,6 @@ def run_networks(args: argparse.Namespace) -> None:
 
 def run_prime(args: argparse.Namespace) -> None:
     _print_comparisons(args, _compare_prime(args, args.preset))
-
-
-def run_robustness(args: argparse.Namespace) -> None:
-    from ..bench.robustness import bench_robustness
-
-    options = _given(args, 'batch_size', 'rounds', 'device')
-    for ratio in bench_robustness(args.model, args.images, workers=args.workers, **options):
-        print(ratio.in_words())
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
