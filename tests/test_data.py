@@ -1,4 +1,7 @@
+import importlib.util
 import json
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -215,6 +218,21 @@ def test_find_class_map(tmp_path):
     assert find_class_map('map.txt', str(tmp_path)) == find_class_map(str(tmp_path / 'map.txt'))
     with pytest.raises(ValueError, match="one of imagenet_100, imagenet_200, imagenet_1000, got 'imagenet_300'"):
         find_class_map('imagenet_300')
+
+
+def test_a_timm_without_its_class_list(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location('timm', tmp_path / '__init__.py')
+    for found in (spec, None):
+        monkeypatch.setattr('importlib.util.find_spec', lambda name, found=found: found)
+        with pytest.raises(ValueError, match="one of imagenet_100, imagenet_200, got 'imagenet_1000'"):
+            find_class_map('imagenet_1000')
+        assert find_class_map('imagenet_100').endswith('imagenet_100_synsets.txt')
+
+
+def test_class_lists_need_no_import_of_timm():
+    code = 'import sys; from timm_pushpull.class_lists import find_class_map; print(find_class_map("imagenet_1000"))'
+    run = [sys.executable, '-c', f'{code}; assert not {{"timm", "torch"}} & sys.modules.keys()']
+    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip().endswith('synsets.txt')
 
 
 @pytest.mark.parametrize('kind', ['timm', 'torchvision', 'stored'])

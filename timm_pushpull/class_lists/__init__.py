@@ -1,5 +1,6 @@
-"""Lists of ImageNet classes: all 1,000, and the subsets of 100 and of 200 classes in the push-pull paper."""
+"""Lists of ImageNet classes: timm's of all 1,000, and the subsets of 100 and of 200 classes in the push-pull paper."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -14,27 +15,33 @@ def find_class_map(name: str, folder: str = '') -> str:
 
     Args:
         name: Path of a file, as timm's ``--class-map`` takes it, relative to the working directory or to ``folder``;
-            or the name of a list of this package, ``imagenet_100``, ``imagenet_200`` or ``imagenet_1000``; or '' for no
-            file.
+            or the name of a list, ``imagenet_100``, ``imagenet_200`` or ``imagenet_1000``; or '' for no file.
         folder: Folder of the dataset.
 
     Returns:
-        Path of the file; '' for no file. The path of a list of this package is absolute.
+        Path of the file; '' for no file. The path of a list is absolute.
 
     Raises:
         ValueError: If there is no such file or list; or if timm would read other names from the file than it shows, for
             a byte-order mark, a line without a name, or a name on two lines.
     """
-    lists = Path(__file__).parent.absolute()
-    for path in (name, os.path.join(folder, name), lists / f'{name}_synsets.txt'):
+    lists = _lists()
+    for path in (name, os.path.join(folder, name), lists.get(name, '')):
         if not name:
             return name
         if os.path.isfile(path):
             _check_lines(Path(path))
             return str(path)
-    names = (path.name.removesuffix('_synsets.txt') for path in lists.glob('*_synsets.txt'))
-    ours = ', '.join(sorted(names, key=lambda name: (len(name), name)))
-    raise InputError(f'class_map must be a file of class names or one of {ours}, got {name!r}.')
+    raise InputError(f'class_map must be a file of class names or one of {", ".join(lists)}, got {name!r}.')
+
+
+def _lists() -> dict[str, Path]:
+    """Find the lists by name. That of all 1,000 classes is timm's, found without the slow import of timm."""
+    ours, timm = Path(__file__).parent.absolute(), importlib.util.find_spec('timm')
+    lists = {name: ours / f'{name}_synsets.txt' for name in ('imagenet_100', 'imagenet_200')}
+    if timm is not None and timm.origin is not None:
+        lists['imagenet_1000'] = Path(timm.origin).parent.absolute() / 'data' / '_info' / 'imagenet_synsets.txt'
+    return {name: path for name, path in lists.items() if path.is_file()}
 
 
 def _check_lines(path: Path) -> None:
