@@ -203,6 +203,17 @@ def test_the_preprocessing_is_that_of_the_tag_that_was_trained(tmp_path):
     assert found == [[3, 224, 224], 0.875, 'bilinear', None] and cfg['tag'] == TAG.partition('.')[2]
 
 
+@pytest.mark.parametrize('pretrained, license', [(True, 'cc-by-nc-4.0'), (False, 'apache-2.0')])
+def test_the_license_is_that_of_the_initial_weights(pretrained, license, tmp_path):
+    model = timm.create_model('pp_convnextv2_nano', num_classes=2)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    options = {'model': 'pp_convnextv2_nano', 'num_classes': 2, 'pretrained': pretrained}
+    (tmp_path / RECIPE).write_text(yaml.safe_dump(options))
+    folder = export(tmp_path, tmp_path, tag='pp_convnextv2_nano.mine')
+    assert json.loads((folder / CONFIG).read_text())['pretrained_cfg']['license'] == license
+    assert f'license: {license}\n' in (folder / CARD).read_text()
+
+
 def test_the_card_tells_the_unit():
     model = PushPullConv2d(3, 4, 3)
     assert 'push kernel, and a pull kernel derived from it, of inverted' in _description(model, {'avg_pool_size': 5})

@@ -102,7 +102,7 @@ def model_card(
         library_name='timm',
         pipeline_tag=TASK,
         tags=[TASK, 'timm', 'push-pull', 'robustness'],
-        license='apache-2.0',
+        license=cfg['license'],
         datasets=[dataset_id] if dataset_id else None,
         model_name=name,
         eval_results=_eval_results(evaluation, dataset, dataset_id) or None,

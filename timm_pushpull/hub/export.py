@@ -169,10 +169,11 @@ def _build(name: str, options: Mapping[str, Any], path: Path) -> Any:
         model: Any = create_model(options['model'], **model_args_of(options))
         set_data_config(model, options)
     paper = PAPER if has_unit(model) else {}
+    license = options.get('pretrained') and model.pretrained_cfg.get('license')  # of the weights it started from
     reduction = model.feature_info[-1]['reduction']
     pool_size = tuple(math.ceil(side / reduction) for side in model.pretrained_cfg['input_size'][1:])
     model.pretrained_cfg.update(
-        tag=tag, num_classes=model.num_classes, pool_size=pool_size, license='apache-2.0', **paper
+        tag=tag, num_classes=model.num_classes, pool_size=pool_size, license=license or 'apache-2.0', **paper
     )
     return model.eval()
 
