@@ -101,6 +101,9 @@ def test_the_program_of_the_starts_runs(tmp_path):
     assert torch.equal(initial['classifier.bias'], full['classifier.bias'][::50])
     assert (initial['conv_stem.alpha'] == 1).all()
     assert torch.equal(initial['conv_stem.weight'], full['conv_stem.weight'])
+    new_head = load_file(tmp_path / 'new_head.safetensors')
+    differ = {key for key in new_head if not torch.equal(new_head[key], load_file(tmp_path / 'plain.safetensors')[key])}
+    assert differ == {'classifier.weight'}  # both biases are 0
 
     (tmp_path / 'second' / 'runs' / 'tiny').mkdir(parents=True)
     torch.manual_seed(1)
