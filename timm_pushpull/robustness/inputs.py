@@ -137,18 +137,18 @@ def load_model(
     created = options['model'] if options and '.' not in name else name
     with as_input_error(source):
         model: Any = create_model(created, pretrained=checkpoint is None, **{**model_args_of(options), **model_kwargs})
-    if checkpoint is None and num_classes not in (None, trained_on := model.pretrained_cfg['num_classes']):
-        raise InputError(
-            f'num_classes must be {trained_on}, the classes of the weights of {name}, got {num_classes}: the '
-            'classifier would be random. Give a checkpoint.'
-        )
+        if options:
+            set_data_config(model, options)
     if checkpoint is None:
+        if num_classes not in (None, trained_on := model.pretrained_cfg['num_classes']):
+            raise InputError(
+                f'num_classes must be {trained_on}, the classes of the weights of {name}, got {num_classes}: the '
+                'classifier would be random. Give a checkpoint.'
+            )
         folder = Path(name.removeprefix('local-dir:')) if name.startswith('local-dir:') else hub_configs() / name
         if (folder / RECIPE).is_file():
             architecture = model.pretrained_cfg['architecture']
             options = _check_training_options(architecture, folder / RECIPE, read_mapping(folder / RECIPE))
-    elif options:
-        set_data_config(model, options)
     model.training_augmentation = augmentation_of(options)
     if checkpoint is None:
         return model
