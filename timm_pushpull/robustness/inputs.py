@@ -127,8 +127,8 @@ def load_model(
         saved = read_training_options(checkpoint, use_ema)
         if saved:
             options = _check_training_options(name, checkpoint, saved, 'args')
-        elif beside.is_file():
-            options = _check_training_options(name, beside, read_mapping(beside))
+        else:
+            options = _read_options(name, beside)
         if options:
             source = f'{name} with {checkpoint if saved else beside}'
     if num_classes is not None:
@@ -146,9 +146,7 @@ def load_model(
                 'classifier would be random. Give a checkpoint.'
             )
         folder = Path(name.removeprefix('local-dir:')) if name.startswith('local-dir:') else hub_configs() / name
-        if (folder / RECIPE).is_file():
-            architecture = model.pretrained_cfg['architecture']
-            options = _check_training_options(architecture, folder / RECIPE, read_mapping(folder / RECIPE))
+        options = _read_options(model.pretrained_cfg['architecture'], folder / RECIPE)
     model.training_augmentation = augmentation_of(options)
     if checkpoint is None:
         return model
@@ -162,6 +160,11 @@ def load_model(
         )
     model.pretrained_cfg.pop('label_names', None)  # those of other weights
     return model
+
+
+def _read_options(name: str, path: Path) -> dict[str, Any]:
+    """Read the ``args.yaml`` beside weights; there are no options if there is no such file."""
+    return _check_training_options(name, path, read_mapping(path)) if path.is_file() else {}
 
 
 def _check_training_options(

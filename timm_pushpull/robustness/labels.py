@@ -54,13 +54,13 @@ def find_model_classes(name: str, model: Any, images: Any, valid_labels: Sequenc
             f'{name} has {of_model} classes, but the images have {count} ({list_some(classes)}). Give images of its '
             f'own classes, or fine-tune it on these. {" ".join(images.notes)}'.strip()
         )
+    labels = next(iter(known), names[0])
     if valid_labels is None:
-        return ModelClasses(None, check_labels(name, next(iter(known), names[0]), classes))
+        return ModelClasses(None, check_labels(name, labels, classes))
     if len(valid_labels) != count:
         raise InputError(f'valid_labels must have one line for each of the {count} classes, got {len(valid_labels)}.')
     if wrong := [label for label in valid_labels if not 0 <= label < of_model]:
         raise InputError(f'valid_labels must be indices of the {of_model} classes of {name}, got {wrong[0]}.')
-    labels = next(iter(known), names[0])
     note = check_labels(name, [labels[label] for label in valid_labels] if labels else [], classes)
     restricted = f'{name} predicts among the {count:,} classes of the images, out of its {of_model:,}.'
     if subset == 'imagenet-1k' and len(known) and count < of_model:
