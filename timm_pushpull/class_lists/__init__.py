@@ -25,10 +25,10 @@ def find_class_map(name: str, folder: str = '') -> str:
         ValueError: If there is no such file or list; or if timm would read other names from the file than it shows, for
             a byte-order mark, a line without a name, or a name on two lines.
     """
+    if not name:
+        return name
     lists = _lists()
     for path in (name, os.path.join(folder, name), lists.get(name, '')):
-        if not name:
-            return name
         if os.path.isfile(path):
             _check_lines(Path(path))
             return str(path)
