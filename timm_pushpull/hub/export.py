@@ -250,7 +250,8 @@ def _read_evaluation(results: Path, name: str, model: nn.Module, rounded: nn.Mod
                 f'{results} holds several results of these weights: {", ".join(labels)}. Give a results folder with '
                 'one of them.'
             )
-        for label in labels:
+        if labels:
+            (label,) = labels
             if 'valid_labels_sha256' in protocol['models'][label]:
                 raise InputError(
                     f'{results} must hold results on all classes of the model in its order, those of {label} are '
