@@ -5,7 +5,6 @@ import itertools
 from pathlib import Path
 
 import torch
-from traffic import unit_traffic
 
 from timm_pushpull.bench.networks import bench_networks
 from timm_pushpull.bench.prime import bench_prime
@@ -19,7 +18,7 @@ DEVICE = 'cpu' if args.toy else 'cuda'
 SIZE = dict(batch_size=2, img_size=32, rounds=1) if args.toy else dict(batch_size=256, img_size=224, rounds=9)
 lines: list[str] = []
 found: list = []
-floor: dict[tuple[str, str], float] = {}  # seconds of the stem's unit, by precision and use
+floor: dict[tuple[str, str], float] = {}  # seconds, by precision and use
 
 
 def say(line):
@@ -41,6 +40,19 @@ def ceilings():
     return rates[0]
 
 
+def find_floor(bandwidth):
+    """Find the least times of the stem's unit, which reads the images and writes the response.
+
+    Backward it reads the gradient of the response, and the images again, in the data type of the response.
+    """
+    pixels = SIZE['batch_size'] * SIZE['img_size'] ** 2
+    images, response = 3 * pixels, 64 * pixels // 4
+    for precision, size in (('bfloat16', 2), ('float32', 4)):
+        forward, backward = 4 * images + size * response, size * (images + response)
+        floor[precision, 'inference'] = forward / bandwidth
+        floor[precision, 'training'] = (forward + backward) / bandwidth
+
+
 def bench(stem_only=False, implementation='fast', **options):
     for row in bench_networks(**SIZE, device=DEVICE, implementation=implementation, **options):
         if stem_only and row.what != 'stem':
@@ -59,18 +71,7 @@ def bench(stem_only=False, implementation='fast', **options):
 
 def main():
     say(torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU, toy sizes: these times say nothing')
-    bandwidth = ceilings()
-    sizes = {name: SIZE[name] for name in ('batch_size', 'img_size')}
-    for dtype in (torch.bfloat16, torch.float32):
-        for row in unit_traffic('pp_resnet50', **sizes, dtype=dtype):
-            if row.implementation == 'floor':
-                for use, bytes_ in (('inference', row.forward), ('training', row.forward + row.backward)):
-                    floor[str(dtype)[6:], use] = bytes_ / bandwidth
-            say(
-                f'counted, {str(dtype)[6:]:8} {row.implementation:15}: {row.forward / 1e6:7.0f} MB forward, '
-                f'{row.backward / 1e6:7.0f} MB backward: {1e3 * row.forward / bandwidth:.3f} and '
-                f'{1e3 * row.backward / bandwidth:.3f} ms at the bandwidth of the copy'
-            )
+    find_floor(ceilings())
     last = ['resnet18'] if args.toy else ['resnet50']
     bench(networks=last, amp=True, formats=['nhwc'])
     if args.toy:  # the rest differs by its options alone
