@@ -137,6 +137,23 @@ def test_gradients_of_gradients_vmap_and_forward_derivatives():
     torch.testing.assert_close(gradient, torch.autograd.grad(unit(x, weight, alpha).square().sum(), weight)[0])
 
 
+def test_a_gradient_with_a_graph_is_the_same_gradient():
+    """Optimizers of second order and gradient penalties ask for a graph."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 6, 6, dtype=torch.double, requires_grad=True)
+    layer = PushPullConv2d(2, 3, 3, padding=1, dtype=torch.double)
+    inputs = [x, *layer.parameters()]
+    found = {}
+    for implementation in ('reference', 'fast', 'one_convolution'):
+        layer.implementation = implementation
+        first = torch.autograd.grad(layer(x).sin().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs)
+        found[implementation] = [*first, *second]
+    for gradients in found.values():
+        for ours, theirs in zip(gradients, found['reference'], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason='needs a C++ compiler')
 def test_compiled_it_is_one_node():
     graphs = []

@@ -80,8 +80,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:4]
     tensors: tuple[Tensor, Tensor, Tensor, Tensor] = ctx.saved_tensors
     if torch.is_grad_enabled():  # for gradients of gradients
-        output = one_convolution(*tensors, ctx.geometry, ctx.dtype)
-        wanted = [x for x, need in zip(tensors, needed, strict=True) if need]
+        # Views, because c depends on the weight: the gradient of the weight itself would hold that of c too.
+        input, weight, c, alpha = (tensor.view_as(tensor) for tensor in tensors)
+        output = one_convolution(input, weight, c, alpha, ctx.geometry, ctx.dtype)
+        wanted = [x for x, need in zip((input, weight, c, alpha), needed, strict=True) if need]
         grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
         return *(next(grads) if need else None for need in needed), None, None
     grad_input, *others = push_pull_conv2d_backward(grad_output, *tensors, ctx.geometry, needed[0])
