@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from timm.layers import Conv2dSame
-from timm.models import save_for_hf
+from timm.models import PretrainedCfg, save_for_hf
 from torch import nn
 
 from timm_pushpull import PushPullConv2d, convert_to_push_pull
@@ -142,6 +142,22 @@ def test_a_tag_that_the_base_does_not_have():
     for arguments in (dict(model_name='pp_mobilenetv3_small_100.typo'), dict(model_name='pp_any', base=f'{BASE}.typo')):
         with pytest.raises(RuntimeError, match='Invalid pretrained tag .typo.'):
             timm.create_model(**arguments)
+
+
+def test_fields_of_a_cfg_change_those_of_the_base(tmp_path, monkeypatch):
+    """timm's scripts resolve the cfg of pp_any, which has no fields of a network, and pass that with their changes."""
+    name, model = saved(create(), tmp_path), create(pretrained_cfg=dict(mean=(0.1, 0.2, 0.3), num_classes=7))
+    changed = {**timm.get_pretrained_cfg(BASE).to_dict(), 'mean': (0.1, 0.2, 0.3), 'num_classes': 7}
+    assert {**model.pretrained_cfg, 'architecture': BASE} == changed
+    assert timm.create_model('pp_any', base=BASE, pretrained_cfg=dict(num_classes=7)).num_classes == 7
+    ours, file = timm.create_model(name, pretrained=True), str(tmp_path / 'model.safetensors')
+    again = create(pretrained=True, pretrained_cfg=PretrainedCfg(file=file, num_classes=3, std=(0.4, 0.5, 0.6)))
+    assert torch.equal(again(x := images()), ours.eval()(x))
+    assert again.pretrained_cfg['std'] == (0.4, 0.5, 0.6) and again.pretrained_cfg['first_conv'] == 'conv_stem'
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    torch.save(create(push_pull=False).state_dict(), tmp_path / 'plain.pth')
+    elsewhere = create(pretrained=True, pretrained_cfg=dict(url=f'file://{tmp_path}/plain.pth', num_classes=3))
+    assert elsewhere.pretrained_cfg['url'].endswith('plain.pth') and 'hf_hub_id' not in elsewhere.pretrained_cfg
 
 
 def test_each_of_two_units_comes_back(tmp_path):

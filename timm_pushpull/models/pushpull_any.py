@@ -97,7 +97,8 @@ def create_push_pull(
         variant: Name of the push-pull network.
         base: Name of timm's network, with or without a tag.
         pretrained: Load weights: those of the pretrained cfg, otherwise those of the base.
-        pretrained_cfg: Tag of the base, or a cfg of other weights for the push-pull network or for the base.
+        pretrained_cfg: Tag of the base, or a cfg of other weights for the push-pull network or for the base. The fields
+            of a cfg without ``first_conv`` replace those of the base.
         pretrained_cfg_overlay: Fields that replace fields of the cfg.
         cache_dir: Cache of the downloads.
         push_pull: False keeps the plain convolution, for a baseline.
@@ -126,11 +127,16 @@ def create_push_pull(
     if not is_model(network) or network.startswith('pp_'):
         raise InputError(f'base must be a plain network of timm, such as convnext_tiny.fb_in1k, got {base!r}.')
     cfg: Any = pretrained_cfg
+    overlay = dict(pretrained_cfg_overlay or {})
     if cfg and not isinstance(cfg, str):
         cfg = cfg if isinstance(cfg, PretrainedCfg) else PretrainedCfg(**cfg)
-        if not (cfg.has_weights or cfg.state_dict):
-            cfg = None  # train.py passes the cfg of pp_any, which has no weights
-    cfg, overlay = cfg or tag or None, dict(pretrained_cfg_overlay or {})
+        if not cfg.first_conv:  # a few fields, or pp_any's own cfg with those that timm's scripts changed
+            given = {key: value for key, value in vars(cfg).items() if value != getattr(PretrainedCfg, key)}
+            given.pop('architecture', None)
+            if cfg.url:
+                given.setdefault('hf_hub_id', None)  # timm would prefer the base's weights on the Hub
+            cfg, overlay = None, given | overlay
+    cfg = cfg or tag or None
     resolved = resolve_pretrained_cfg(network, cfg, overlay)
     settings = {'contrast_norm': True} if contrast_norm else {}
     saved_units: list[dict[str, Any]] = []
