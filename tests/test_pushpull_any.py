@@ -160,13 +160,13 @@ def test_fields_of_a_cfg_change_those_of_the_base(tmp_path, monkeypatch):
     assert elsewhere.pretrained_cfg['url'].endswith('plain.pth') and 'hf_hub_id' not in elsewhere.pretrained_cfg
 
 
-def test_each_of_two_units_comes_back(tmp_path):
-    model = timm.create_model('pp_any', base='crossvit_9_240', num_classes=3).eval()
+@pytest.mark.parametrize('settings', [dict(base='crossvit_9_240'), dict(base='resnet18', stem_type='deep')], ids=str)
+def test_units_elsewhere_come_back(settings, tmp_path):
+    """Two first convolutions, and one that timm's cfg names otherwise."""
+    model = create(**settings)
     torch.save(model.state_dict(), tmp_path / 'last.pth')
     overlay = dict(file=str(tmp_path / 'last.pth'), num_classes=3)
-    again = timm.create_model(
-        'pp_any', base='crossvit_9_240', num_classes=3, pretrained=True, pretrained_cfg_overlay=overlay
-    )
+    again = create(**settings, pretrained=True, pretrained_cfg_overlay=overlay)
     for ours, theirs in zip(first_convs(again).values(), first_convs(model).values(), strict=True):
         assert torch.equal(ours.alpha, theirs.alpha)
 

@@ -185,6 +185,7 @@ def _read_weights(cfg: PretrainedCfg) -> dict[str, Any] | None:
 def _take_units(weights: dict[str, Any], first_conv: Any) -> list[dict[str, Any]]:
     """Take out of the weights what each push-pull unit has beside its convolution; nothing for a plain network."""
     paths = [first_conv] if isinstance(first_conv, str) else first_conv or []
+    paths = [f'{path}.0' if f'{path}.0.weight' in weights else path for path in paths]  # deep stem of a ResNet
     names = ('alpha', SETTINGS)
     return [{name: weights.pop(f'{path}.{name}') for name in names if f'{path}.{name}' in weights} for path in paths]
 
