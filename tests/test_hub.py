@@ -19,6 +19,7 @@ import torch
 from conftest import REPOSITORY
 from hub_server import TOKEN
 from safetensors.torch import load_file, save
+from timm.models import save_for_hf
 
 from timm_pushpull.models.pretrained import HUB_MODELS
 from timm_pushpull.recipes import list_recipes, read_recipe
@@ -89,6 +90,16 @@ def test_a_tag_sets_the_unit():
     assert (model.conv1.pull_kernel, model.contrast_norm, model.num_classes) == ('negated', True, 10)
     model = timm.create_model(name, pull_kernel='inverted', avg_pool_size=0, num_classes=2)
     assert (model.conv1.pull_kernel, model.conv1.avg_pool_size, model.num_classes) == ('inverted', 0, 2)
+
+
+@pytest.mark.skipif(not hasattr(timm.models, 'get_model_args'), reason='timm 1.0.31 and later keep the arguments')
+@pytest.mark.parametrize('given', [{}, {'avg_pool_size': 0, 'augment': 'prime'}], ids=str)
+def test_a_saved_tag_keeps_its_unit(given, images, tmp_path):
+    name = 'pp_resnet18.pp3_negated_prime_contrastnorm_r64_imagenette'
+    model = timm.create_model(name, num_classes=3, **given).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert str(again) == str(model) and torch.equal(again(images), model(images))
 
 
 def test_a_network_without_weights():

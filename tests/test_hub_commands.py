@@ -203,6 +203,20 @@ def test_the_preprocessing_is_that_of_the_tag_that_was_trained(tmp_path):
     assert found == [[3, 224, 224], 0.875, 'bilinear', None] and cfg['tag'] == TAG.partition('.')[2]
 
 
+def test_a_training_from_a_tag_of_ours(tmp_path):
+    """The export has the unit of the tag, and no names of the tag's classes, which are not those of the training."""
+    source = 'pp_resnet18.pp3_negated_prime_contrastnorm_r64_imagenette'
+    model = timm.create_model(source, avg_pool_size=5).eval()
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    options = {'model': source, 'model_kwargs': {'avg_pool_size': 5, 'augment': 'prime'}, 'num_classes': 10}
+    (tmp_path / RECIPE).write_text(yaml.safe_dump(options))
+    folder = export(tmp_path, tmp_path)
+    assert main(['hub', 'check', str(folder)]) == 0
+    again, x = timm.create_model(f'local-dir:{folder}', pretrained=True).eval(), torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(x), model(x)) and 'n01440764' not in (folder / CONFIG).read_text()
+    assert '`pull_kernel=negated`' in (folder / CARD).read_text() and not again.pretrained_cfg.get('label_names')
+
+
 @pytest.mark.parametrize('pretrained, license', [(True, 'cc-by-nc-4.0'), (False, 'apache-2.0')])
 def test_the_license_is_that_of_the_initial_weights(pretrained, license, tmp_path):
     model = timm.create_model('pp_convnextv2_nano', num_classes=2)

@@ -77,6 +77,7 @@ def export_checkpoint(
     checkpoint, output = Path(checkpoint), Path(output)
     options = _training_options(checkpoint, name, use_ema)
     model = _build(name, options, checkpoint.with_name(RECIPE))
+    model_args = {**getattr(model, '_model_args', {}), **model_args_of(options)}  # also those of a tag that was trained
     if name in list_recipes():
         _check_network(model, name, options)
     _load(model, checkpoint, use_ema)
@@ -106,7 +107,7 @@ def export_checkpoint(
             stored,
             str(written),
             model_config=dict(label_config),  # older versions of timm take the labels out
-            model_args=model_args_of(options),
+            model_args=model_args,
             safe_serialization=True,
         )
         (written / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner only
@@ -122,7 +123,7 @@ def export_checkpoint(
         card = model_card(
             name,
             rounded,
-            model_args=model_args_of(options),
+            model_args=model_args,
             weights=str(dtype).removeprefix('torch.') + ', running average (EMA) of the training' * use_ema,
             seed=options.get('seed'),
             label_config=label_config,
@@ -169,6 +170,8 @@ def _build(name: str, options: Mapping[str, Any], path: Path) -> Any:
         model: Any = create_model(options['model'], **model_args_of(options))
         set_data_config(model, options)
     paper = PAPER if has_unit(model) else {}
+    for key in ('label_names', 'label_descriptions'):  # of the weights that the training started from
+        model.pretrained_cfg.pop(key, None)
     license = options.get('pretrained') and model.pretrained_cfg.get('license')  # of the weights it started from
     reduction = model.feature_info[-1]['reduction']
     pool_size = tuple(math.ceil(side / reduction) for side in model.pretrained_cfg['input_size'][1:])

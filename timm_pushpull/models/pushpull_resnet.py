@@ -279,6 +279,8 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
         **kwargs,
     )
     restore_sources(model, resolved)
+    if hub_model is not None:
+        model._model_args = hub_model.model_args  # timm adds the arguments of its caller
     if not isinstance(model, PushPullResNet):  # features_only: timm takes the layers out of the network
         names = ('contrast_norm', 'aa_layer', 'augment', 'augment_splits')
         arguments = {name: kwargs[name] for name in names if name in kwargs}
