@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data import resolve_data_config
 from torch import nn
 
-from timm_pushpull import read_original_checkpoint
+from timm_pushpull import convert_original_checkpoint, read_original_checkpoint
 
 WAYS = ['pretrained_cfg_overlay', 'checkpoint_path']
 
@@ -123,6 +124,16 @@ def test_original_settings_are_read(stem, tmp_path):
     ours.load_state_dict(checkpoint.state_dict)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_says_what_the_paper_did(tmp_path):
+    """Not the tag, the paper and the images for evaluation of timm's weights of that name."""
+    save_original(OriginalUnit(3, None), tmp_path / 'last.ckpt', avg_kernel_size=3)
+    convert_original_checkpoint(tmp_path / 'last.ckpt', tmp_path / 'model')
+    model = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
+    images = resolve_data_config({}, model=model, use_test_size=True)
+    assert (*images['input_size'], images['crop_pct'], images['interpolation']) == (3, 224, 224, 1.0, 'bilinear')
+    assert 'tag' not in model.pretrained_cfg and model.pretrained_cfg['paper_ids'] == 'arXiv:2408.04077'
 
 
 @pytest.mark.parametrize('way', WAYS)

@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from ..errors import InputError
 from ..layers.push_pull import PushPullConv2d
+from ..registry import PAPER
 
 __all__ = [
     'OriginalCheckpoint',
@@ -73,7 +74,7 @@ class OriginalCheckpoint(NamedTuple):
     model_args: dict[str, Any]
     """Settings of the network, as keyword arguments of ``timm.create_model``."""
     pretrained_cfg: dict[str, Any]
-    """Preprocessing of the images, where it differs from the network's default."""
+    """Fields that differ from the network's default: preprocessing of the images, and source of the weights."""
     state_dict: dict[str, torch.Tensor]
     """Weights by their original names; the networks of this package load them."""
     left_out: list[str]
@@ -133,7 +134,10 @@ def read_original_checkpoint(path: str) -> OriginalCheckpoint:
     weight = state_dict.get('conv1.push_conv.weight', state_dict.get('conv1.weight'))
     cifar = weight.shape[-1] == 3
     architecture = f'pp_{settings["model"]}' + ('_cifar' if cifar else '')
-    pretrained_cfg = dict(std=(0.2023, 0.1994, 0.2010)) if cifar else dict(crop_pct=1.0)
+    # The default cfg of the other networks is that of timm's weights.
+    of_timm = dict(tag=None, test_input_size=None, test_crop_pct=None)
+    imagenet = dict(interpolation='bilinear', crop_pct=1.0, **of_timm, **PAPER)
+    pretrained_cfg = dict(std=(0.2023, 0.1994, 0.2010)) if cifar else imagenet
     model_args: dict[str, Any] = dict(
         in_chans=weight.shape[1],
         num_classes=state_dict['classifier.weight'].shape[0],
