@@ -225,7 +225,8 @@ def test_the_license_is_that_of_the_initial_weights(pretrained, license, tmp_pat
     (tmp_path / RECIPE).write_text(yaml.safe_dump(options))
     folder = export(tmp_path, tmp_path, tag='pp_convnextv2_nano.mine')
     assert json.loads((folder / CONFIG).read_text())['pretrained_cfg']['license'] == license
-    assert f'license: {license}\n' in (folder / CARD).read_text()
+    card = (folder / CARD).read_text()
+    assert f'license: {license}\n' in card and f'## Licence\n{license}. ' in card
 
 
 def test_the_card_tells_the_unit():

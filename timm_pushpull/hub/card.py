@@ -126,7 +126,7 @@ def model_card(
         *_results(name, reference, evaluation, rounding, seed, weights),
         _usage(name, reference, label_config or {}),
         REPRODUCTION,
-        '## Licence\nApache-2.0, like timm. The licence of the training images may add conditions.',
+        f'## Licence\n{cfg["license"]}. The licence of the training images may add conditions.',
         f'## Citation\n{CITATION}',
     ]
     return ModelCard(f'---\n{metadata.to_yaml()}\n---\n\n' + '\n\n'.join(sections) + '\n')
