@@ -217,6 +217,20 @@ def test_a_training_from_a_tag_of_ours(tmp_path):
     assert '`pull_kernel=negated`' in (folder / CARD).read_text() and not again.pretrained_cfg.get('label_names')
 
 
+@pytest.mark.skipif(not hasattr(timm.models, 'get_model_args'), reason='timm 1.0.31 and later keep the arguments')
+def test_a_training_from_a_folder(exported, tmp_path):
+    source = f'local-dir:{exported}'
+    model = timm.create_model(source, num_classes=3).eval()
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    options = {'model': source, 'pretrained': True, 'num_classes': 3}
+    (tmp_path / RECIPE).write_text(yaml.safe_dump(options))
+    folder = export(tmp_path, tmp_path)
+    assert main(['hub', 'check', str(folder)]) == 0
+    again, x = timm.create_model(f'local-dir:{folder}', pretrained=True).eval(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(x), model(x)) and again.conv1.avg_pool_size == 5
+    assert yaml.safe_load((folder / RECIPE).read_text()) == {**options, 'model': f'local-dir:{exported.name}'}
+
+
 @pytest.mark.parametrize('pretrained, license', [(True, 'cc-by-nc-4.0'), (False, 'apache-2.0')])
 def test_the_license_is_that_of_the_initial_weights(pretrained, license, tmp_path):
     model = timm.create_model('pp_convnextv2_nano', num_classes=2)
@@ -426,7 +440,7 @@ def test_export_refuses(run, tmp_path, capsys):
         ((checkpoint, '--name', 'pp_resnet18.a b'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18.a b'"),
         ((run / 'text.pth.tar', '--name', TAG), 'cannot be read as a checkpoint'),
         ((checkpoint, '--name', 'pp_resnet18'), "such as pp_resnet18.pp3_in1k, got 'pp_resnet18'"),
-        ((checkpoint, '--name', 'pp_resnet50.x'), 'is a checkpoint of pp_resnet18, not of pp_resnet50'),
+        ((checkpoint, '--name', 'pp_resnet50.x'), 'is a checkpoint of pp_resnet18: begin the name with that'),
         ((checkpoint, '--name', TAG, '--data-dir', tmp_path / 'none'), 'data_dir must be a folder'),
         ((checkpoint, '--name', TAG, '--results', tmp_path), 'holds no results'),
     ]:

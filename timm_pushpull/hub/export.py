@@ -77,6 +77,9 @@ def export_checkpoint(
     checkpoint, output = Path(checkpoint), Path(output)
     options = _training_options(checkpoint, name, use_ema)
     model = _build(name, options, checkpoint.with_name(RECIPE))
+    architecture = model.pretrained_cfg['architecture']
+    if architecture != name.partition('.')[0]:
+        raise InputError(f'{checkpoint} is a checkpoint of {architecture}: begin the name with that, not {name}.')
     model_args = {**getattr(model, '_model_args', {}), **model_args_of(options)}  # also those of a tag that was trained
     if name in list_recipes():
         _check_network(model, name, options)
@@ -150,10 +153,6 @@ def _training_options(checkpoint: Path, name: str, use_ema: bool) -> dict[str, A
         raise InputError(
             'name must be ARCHITECTURE.TAG: a network name, a dot, then letters, digits or underscores, such as '
             f'pp_resnet18.pp3_in1k, got {name!r}.'
-        )
-    if options['model'].partition('.')[0] != architecture:
-        raise InputError(
-            f'{checkpoint} is a checkpoint of {options["model"]}, not of {architecture}: {path} names its network.'
         )
     # train.py writes the number of classes into the checkpoint's options after it has written the file.
     shared = TRAINING_OPTIONS.keys() - {'num_classes'}
@@ -288,8 +287,10 @@ def _umask() -> int:
 def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     """Drop the options of one machine, and the folders of files."""
     local = {'data_dir', 'device', 'local_rank', 'log_interval', 'output', 'resume', 'workers'}
-    return {
-        key: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-        for key, value in options.items()
-        if key not in local
-    }
+    kept = {key: value for key, value in options.items() if key not in local}
+    for key, value in kept.items():
+        source = 'local-dir:' if str(value).startswith('local-dir:') else ''
+        path = str(value).removeprefix(source)
+        if source or os.path.isabs(path):
+            kept[key] = source + Path(path).name
+    return kept
