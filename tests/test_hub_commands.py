@@ -126,6 +126,15 @@ def test_export(run, exported, capsys):
     assert capsys.readouterr().out.strip().endswith(f'OK: 2 classes, SHA-256 {read_checksum(exported)}')
 
 
+def test_the_code_of_a_card_runs(exported, tmp_path, monkeypatch, capsys):
+    """Here for two classes, fewer than the example shows of others."""
+    code = (exported / CARD).read_text().split('```python\n')[1].split('```')[0]
+    Image.new('RGB', (48, 40)).save(tmp_path / 'image.jpg')
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace(f'hf-hub:timm-pushpull/{TAG}', f'local-dir:{exported}'), {})
+    assert sorted(json.loads(capsys.readouterr().out)) == [0, 1]
+
+
 def test_averaged_weights(run, tmp_path, capsys):
     folder = export(run, tmp_path, '--use-ema', '--org', 'me')
     assert f"'hf-hub:me/{TAG}'" in (folder / CARD).read_text()

@@ -124,7 +124,7 @@ def model_card(
         f'- **Trained on:** {dataset or "see the recipe"}, {model.num_classes:,} classes\n'
         '- **Paper:** PushPull-Net, https://arxiv.org/abs/2408.04077',
         *_results(name, reference, evaluation, rounding, seed, weights),
-        _usage(name, reference, label_config or {}),
+        _usage(name, reference, label_config or {}, model.num_classes),
         REPRODUCTION,
         f'## Licence\n{cfg["license"]}. The licence of the training images may add conditions.',
         f'## Citation\n{CITATION}',
@@ -274,7 +274,7 @@ def _robustness_command(reference: str, evaluation: Evaluation) -> str:
     return ' '.join(words)
 
 
-def _usage(name: str, reference: str, label_config: Mapping[str, Any]) -> str:
+def _usage(name: str, reference: str, label_config: Mapping[str, Any], num_classes: Any) -> str:
     shown = 'print(best)'
     if 'label_names' in label_config:
         shown = "names = [model.pretrained_cfg['label_names'][index] for index in best]\nprint(names)"
@@ -293,7 +293,7 @@ config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
 with torch.inference_mode():
     logits = model(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0))
-best = logits[0].topk(3).indices.tolist()
+best = logits[0].topk({min(3, num_classes)}).indices.tolist()
 {shown}
 ```
 
