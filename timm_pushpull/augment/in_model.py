@@ -62,12 +62,12 @@ class _AugmentInTraining:
 
 
 def _check_pixels(images: Tensor, dtype: torch.dtype, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Refuse images of which most values are not n / 255. Random erasing writes other values, so not all must be."""
+    """Refuse images of which too few values are n / 255. Random erasing writes other values, so not all must be."""
     # Half precision rounds the steps of 1 / 255 away: only the range can be checked.
     fine = torch.finfo(dtype).bits >= 32
     levels = images * 255
     pixels = (levels - levels.round()).abs() < 0.02 if fine else (levels > -2) & (levels < 257)
-    if pixels.float().mean() < 0.5:
+    if pixels.float().mean() < 0.6:
         raise InputError(
             f'augment needs the mean and std that the loader used: with those of the model, mean={mean} and std={std}, '
             'the batch does not hold 8-bit pixels. Leave --mean and --std out, or give the model the same values by '
