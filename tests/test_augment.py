@@ -7,6 +7,7 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
+from timm_pushpull import PRIME
 from timm_pushpull.augment.in_model import augment_in_training
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -75,6 +76,15 @@ def test_another_mean_and_std_are_refused(mean, std):
         model(batch(mean, std)[1])
 
 
+def test_a_mean_and_std_that_fit_every_second_step_are_refused():
+    """With mean and std 1 / 2 odd steps of 1 / 255 become such steps again, and a batch may have more of them."""
+    model, _ = augmented()
+    model.pretrained_cfg = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+    steps = torch.tensor([*range(1, 22, 2), *range(0, 18, 2)]).view(4, 5).expand(2, 3, 4, 5)
+    with pytest.raises(ValueError, match='augment needs the mean and std that the loader used'):
+        model(steps / 255)
+
+
 def test_channels_without_a_mean_are_refused():
     model, _ = augmented()
     with pytest.raises(ValueError, match='a mean and a std for each of 1 channels'):
@@ -115,8 +125,10 @@ def test_networks_take_its_name(settings, tmp_path):
 
 @pytest.mark.parametrize('feature_cls', ['list', 'hook', 'getter'])
 @pytest.mark.parametrize('name', ['pp_resnet18', 'pp_resnet18_cifar', 'pp_convnext_atto'])
-def test_feature_extractors_augment(name, feature_cls):
-    models = []
+def test_feature_extractors_augment_once(name, feature_cls, monkeypatch):
+    models, batches = [], []
+    augment_batch = PRIME.forward
+    monkeypatch.setattr(PRIME, 'forward', lambda *args: batches.append(args[1]) or augment_batch(*args))
     for augment in ({'augment': 'prime', 'augment_splits': 2}, {}):
         torch.manual_seed(0)
         models.append(timm.create_model(name, features_only=True, feature_cls=feature_cls, **augment))
@@ -132,7 +144,7 @@ def test_feature_extractors_augment(name, feature_cls):
         )
         each.train()(normalized)
     assert torch.equal(seen[0][:2], normalized[:2]) and torch.equal(seen[1], normalized)
-    assert not torch.allclose(seen[0][2:], normalized[2:])
+    assert not torch.allclose(seen[0][2:], normalized[2:]) and len(batches) == 1
 
 
 def test_another_name_is_refused():

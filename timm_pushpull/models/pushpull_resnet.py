@@ -281,7 +281,8 @@ def _create_pushpull_resnet(variant: str, pretrained: bool = False, **kwargs: An
     restore_sources(model, resolved)
     if hub_model is not None:
         model._model_args = hub_model.model_args  # timm adds the arguments of its caller
-    if not isinstance(model, PushPullResNet):  # features_only: timm takes the layers out of the network
+    # features_only: timm takes the layers out of the network; but feature_cls='hook' runs the network, its body.
+    if not isinstance(getattr(model, 'body', model), PushPullResNet):
         names = ('contrast_norm', 'aa_layer', 'augment', 'augment_splits')
         arguments = {name: kwargs[name] for name in names if name in kwargs}
         _guard_and_augment(model, **arguments, cifar=kwargs.get('stem_type') == 'cifar')
