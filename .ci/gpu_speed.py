@@ -53,16 +53,16 @@ def find_floor(bandwidth):
         floor[precision, 'training'] = (forward + backward) / bandwidth
 
 
-def bench(stem_only=False, implementation='fast', **options):
-    for row in bench_networks(**SIZE, device=DEVICE, implementation=implementation, **options):
+def bench(stem_only=False, **options):
+    for row in bench_networks(**SIZE, device=DEVICE, **options):
         if stem_only and row.what != 'stem':
             return
-        found.append(row._replace(what=f'{row.what}, {implementation}'))
+        found.append(row)
         write_comparisons(args.output / 'speed.csv', found)
         way = 'compiled' if row.compiled else 'eager'
         counted = f'; unit at least {1e3 * floor[row.precision, row.use]:.2f} ms' if row.what == 'stem' else ''
         say(
-            f'{row.what:9} {row.use:9} {row.precision:8} {row.memory_format} {way:8} {implementation}: '
+            f'{row.what:9} {row.use:9} {row.precision:8} {row.memory_format} {way:8}: '
             f'{row.time_ratio:.3f} ({row.time_ratio_low:.3f} to {row.time_ratio_high:.3f}), '
             f'reference {row.reference_time_ratio:.3f}; plain {1e3 * row.plain_seconds:.2f} ms; '
             f'memory {row.memory_ratio:.2f}, {row.reference_memory_ratio:.2f}{counted}'
@@ -75,12 +75,9 @@ def main():
     last = ['resnet18'] if args.toy else ['resnet50']
     bench(networks=last, amp=True, formats=['nhwc'])
     if args.toy:  # the rest differs by its options alone
-        bench(stem_only=True, networks=last, formats=['nchw'], implementation='one_convolution')
         bench_prime(**SIZE)
         return
-    for implementation in ('fast', 'one_convolution'):
-        stem = dict(stem_only=True, networks=last, torchcompile=True, formats=['nhwc'], implementation=implementation)
-        bench(amp=True, **stem)
+    bench(stem_only=True, networks=last, amp=True, torchcompile=True, formats=['nhwc'])
     prime = bench_prime(**SIZE, device=DEVICE)
     say(f'PRIME: {prime.time_ratio:.2f} of the floor, plain formulation {prime.reference_time_ratio:.2f}')
     bench(networks=['resnet18'], amp=True, formats=['nhwc'])

@@ -87,8 +87,7 @@ def test_what_runs_on_a_gpu(works, monkeypatch):
         assert not push_pull.use_fast('auto', x, weight)
 
 
-@pytest.mark.parametrize('implementation', ['reference', 'one_convolution'])
-def test_gradients_on_a_gpu_avoid_channels_last_averages(implementation):
+def test_gradients_on_a_gpu_avoid_channels_last_averages():
     """Whose gradient is wrong on a GPU, see https://github.com/pytorch/pytorch/issues/188344."""
     averaged = []
 
@@ -103,7 +102,7 @@ def test_gradients_on_a_gpu_avoid_channels_last_averages(implementation):
 
     x = torch.randn(2, 6, 19, 15).to(memory_format=torch.channels_last).as_subclass(OnGpu).requires_grad_()
     weight = torch.randn(16, 3, 7, 7, requires_grad=True)
-    call = functools.partial(push_pull_conv2d, x, weight, 1.0, groups=2, implementation=implementation)
+    call = functools.partial(push_pull_conv2d, x, weight, 1.0, groups=2, implementation='reference')
     with Averages():
         assert call().is_contiguous(memory_format=torch.channels_last)
         assert averaged and all(averaged)
@@ -144,14 +143,13 @@ def test_a_gradient_with_a_graph_is_the_same_gradient():
     layer = PushPullConv2d(2, 3, 3, padding=1, dtype=torch.double)
     inputs = [x, *layer.parameters()]
     found = {}
-    for implementation in ('reference', 'fast', 'one_convolution'):
+    for implementation in ('reference', 'fast'):
         layer.implementation = implementation
         first = torch.autograd.grad(layer(x).sin().sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs)
         found[implementation] = [*first, *second]
-    for gradients in found.values():
-        for ours, theirs in zip(gradients, found['reference'], strict=True):
-            torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(found['fast'], found['reference'], strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++', 'cl'))), reason='needs a C++ compiler')

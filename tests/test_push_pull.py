@@ -58,7 +58,7 @@ def push_pull_by_loops(x, weight, alpha, bias, stride, padding, dilation, groups
     return output
 
 
-IMPLEMENTATIONS = pytest.mark.parametrize('implementation', ['reference', 'fast', 'one_convolution'])
+IMPLEMENTATIONS = pytest.mark.parametrize('implementation', ['reference', 'fast'])
 
 
 @IMPLEMENTATIONS

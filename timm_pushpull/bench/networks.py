@@ -25,7 +25,6 @@ def bench_networks(
     device: str = 'cpu',
     amp: bool = False,
     torchcompile: bool = False,
-    implementation: str = 'fast',
     formats: Sequence[str] = ('nchw', 'nhwc'),
 ) -> Iterator[Comparison]:
     """Compare push-pull networks with timm's plain networks, in inference and training.
@@ -40,7 +39,6 @@ def bench_networks(
         device: Device of the networks.
         amp: Autocast to bfloat16; False for float32.
         torchcompile: Compile the networks.
-        implementation: Implementation that stands for ours, see :func:`~timm_pushpull.push_pull_conv2d`.
         formats: Memory formats, ``'nchw'`` and ``'nhwc'`` (channels_last).
 
     Yields:
@@ -64,7 +62,7 @@ def bench_networks(
             'ours': create_model(f'pp_{name}'),
             'reference': create_model(f'pp_{name}', alpha=0.5),
         }
-        models['ours'].conv1.implementation = implementation
+        models['ours'].conv1.implementation = 'fast'
         models['reference'].conv1.implementation = 'reference'
         parts = {'stem': {version: _Stem(model) for version, model in models.items()}} if name == networks[0] else {}
         for what, modules in {**parts, name: models}.items():

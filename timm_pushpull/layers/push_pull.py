@@ -67,8 +67,7 @@ class PushPullConv2d(nn.Conv2d):
         pull_kernel: ``'inverted'`` for the paper's K, or ``'negated'`` for :math:`K_o = -W_o`.
         device: Device of the parameters.
         dtype: Data type of the parameters.
-        implementation: ``'auto'``, ``'fast'``, ``'one_convolution'`` or ``'reference'``, see
-            :func:`~timm_pushpull.push_pull_conv2d`.
+        implementation: ``'auto'``, ``'fast'`` or ``'reference'``, see :func:`~timm_pushpull.push_pull_conv2d`.
 
     Shape:
         (N, C, H, W) to (N, O, H', W'), as ``nn.Conv2d``.

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import chunked
-from .one_convolution import memory_format_of, one_convolution, unpack_geometry
+from .one_convolution import memory_format_of, unpack_geometry
+from .reference import average
 
 __all__ = ['OPERANDS', 'conv_flops', 'push_pull_conv2d_operator']
 
@@ -79,10 +80,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:4]
     tensors: tuple[Tensor, Tensor, Tensor, Tensor] = ctx.saved_tensors
-    if torch.is_grad_enabled():  # for gradients of gradients
+    if torch.is_grad_enabled():  # for gradients of gradients: the equation as it stands
         # Views, because c depends on the weight: the gradient of the weight itself would hold that of c too.
         input, weight, c, alpha = (tensor.view_as(tensor) for tensor in tensors)
-        output = one_convolution(input, weight, c, alpha, ctx.geometry, ctx.dtype)
+        conv, window = unpack_geometry(ctx.geometry)
+        with torch.autocast(input.device.type, enabled=False):
+            kernels = weight, c.view(-1, 1, 1, 1) - weight
+            push, pull = (F.conv2d(input.to(alpha.dtype), kernel.to(alpha.dtype), **conv) for kernel in kernels)
+            output = (F.relu(push) - alpha.view(-1, 1, 1) * F.relu(average(pull, window))).to(ctx.dtype)
         wanted = [x for x, need in zip((input, weight, c, alpha), needed, strict=True) if need]
         grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
         return *(next(grads) if need else None for need in needed), None, None

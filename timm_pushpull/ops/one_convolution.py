@@ -17,22 +17,19 @@ versions therefore convolve with :math:`W - m`, m being the mean of W, and add w
 A large m costs P precision in turn, so m is 0 where \|mean\| is at most \|c - mean\|.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from .reference import PullKernel, average, kernel_offsets
+from .reference import PullKernel, kernel_offsets
 
 __all__ = [
     'compute_dtype',
     'conv_dtype',
     'memory_format_of',
-    'one_convolution',
     'operands',
     'output_size',
     'subtract_mean',
@@ -132,51 +129,10 @@ def subtract_mean(weight: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[Tensor
         W - m in that data type, and m (O,), float64: the mean of W, or 0 where \\|mean\\| is at most \\|c - mean\\|.
     """
     wide = weight.double()
-    with torch.no_grad():  # P and Q do not depend on m
-        mean = wide.mean((1, 2, 3))
-        mean *= mean.abs() > (c - mean).abs()
+    mean = wide.mean((1, 2, 3))
+    mean *= mean.abs() > (c - mean).abs()
     kernels = (wide - mean.view(-1, 1, 1, 1)).to(dtype)
-    return kernels, (wide - kernels).detach().mean((1, 2, 3))  # corrects m for the rounding of W - m
-
-
-def one_convolution(
-    input: Tensor, weight: Tensor, c: Tensor, alpha: Tensor, geometry: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    """Compute the operator in differentiable steps of PyTorch; arguments as :func:`operands` returns them.
-
-    ``torch.compile`` fuses all that follows the convolution.
-
-    Returns:
-        Response (N, O, H', W').
-    """
-    conv, window = unpack_geometry(geometry)
-    groups = conv['groups']
-    with torch.autocast(input.device.type, enabled=False):
-        kernels, mean = subtract_mean(weight, c, conv_dtype(weight, dtype))
-        push = F.conv2d(input.to(kernels.dtype), kernels, **conv)
-        average_push = _average(push, window).to(alpha.dtype)
-        sums = _sums(input.to(alpha.dtype).unflatten(1, (groups, -1)).sum(2), weight.shape[2:], geometry)
-        average_sums = _average(sums, window)
-        if groups > 1:  # else they are broadcast
-            sums, average_sums = (x.repeat_interleave(len(c) // groups, 1) for x in (sums, average_sums))
-        mean, c_less_mean, strength = (x.to(alpha.dtype).view(-1, 1, 1) for x in (mean, c - mean, alpha))
-        push = push.to(alpha.dtype) + mean * sums
-        return (F.relu(push) - strength * F.relu(c_less_mean * average_sums - average_push)).to(dtype)
-
-
-def _average(maps: Tensor, window: int) -> Tensor:
-    return maps if window == 1 else average(maps, window)
-
-
-def _sums(channel_sums: Tensor, kernel_size: Sequence[int], geometry: Sequence[int]) -> Tensor:
-    """Compute S by additions: a convolution on a GPU may round its input to TF32."""
-    stride, padding, dilation = geometry[0:2], geometry[2:4], geometry[4:6]
-    sums = F.pad(channel_sums, [padding[1], padding[1], padding[0], padding[0]])
-    for axis in (1, 0):
-        length = sums.shape[-1] - dilation[axis] * (kernel_size[axis] - 1)
-        starts = (dilation[axis] * step for step in range(kernel_size[axis]))
-        sums = functools.reduce(torch.add, (sums[..., start : start + length : stride[axis]] for start in starts)).mT
-    return sums
+    return kernels, (wide - kernels).mean((1, 2, 3))  # corrects m for the rounding of W - m
 
 
 def memory_format_of(maps: Tensor) -> torch.memory_format:

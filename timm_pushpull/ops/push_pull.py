@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from .custom_op import push_pull_conv2d_operator
-from .one_convolution import one_convolution, operands
+from .one_convolution import operands
 from .reference import BroadcastingList2, PullKernel, push_pull_conv2d_reference
 
 if TYPE_CHECKING:
-    Implementation = Literal['auto', 'fast', 'one_convolution', 'reference']
+    Implementation = Literal['auto', 'fast', 'reference']
 else:
     Implementation = str  # TorchScript knows no Literal
 
@@ -59,7 +59,6 @@ def push_pull_conv2d(
         implementation:
             - ``'reference'``: the equation as written;
             - ``'fast'``: the faster version of the device;
-            - ``'one_convolution'``: the arithmetic of the faster versions in PyTorch operations;
             - ``'auto'``: ``'fast'`` where :func:`use_fast` allows it, otherwise ``'reference'``.
 
     Returns:
@@ -79,15 +78,11 @@ def push_pull_conv2d(
             )
 
     if not torch.jit.is_scripting():
-        settings = stride, padding, dilation, groups, avg_pool_size, pull_kernel
-        response = None
-        if implementation == 'one_convolution':
-            response = one_convolution(*operands(input, weight, alpha, *settings))
-        elif use_fast(implementation, input, weight):
+        if use_fast(implementation, input, weight):
             if torch.compiler.is_compiling():  # the memory format that the compiler gives to plain convolutions
                 input = input.contiguous(memory_format=torch.channels_last)
+            settings = stride, padding, dilation, groups, avg_pool_size, pull_kernel
             response = push_pull_conv2d_operator(*operands(input, weight, alpha, *settings))
-        if response is not None:
             return response if bias is None else (response + bias.view(-1, 1, 1)).to(response.dtype)
 
     return push_pull_conv2d_reference(
@@ -99,7 +94,7 @@ def use_fast(implementation: Implementation, input: Tensor, weight: Tensor) -> b
     """Decide whether the fast version computes a push-pull convolution, or the reference.
 
     Args:
-        implementation: ``'auto'``, ``'fast'``, ``'one_convolution'`` or ``'reference'``.
+        implementation: ``'auto'``, ``'fast'`` or ``'reference'``.
         input: Images or feature maps.
         weight: Push kernels.
 
@@ -113,10 +108,8 @@ def use_fast(implementation: Implementation, input: Tensor, weight: Tensor) -> b
     Raises:
         ValueError: If there is no such implementation.
     """
-    if implementation not in ('auto', 'fast', 'one_convolution', 'reference'):
-        raise InputError(
-            f"implementation must be 'auto', 'fast', 'one_convolution' or 'reference', got {implementation!r}."
-        )
+    if implementation not in ('auto', 'fast', 'reference'):
+        raise InputError(f"implementation must be 'auto', 'fast' or 'reference', got {implementation!r}.")
     if implementation != 'auto':
         return implementation == 'fast'
     if torch.compiler.is_compiling():
