@@ -171,3 +171,7 @@ def test_the_options_beside_the_weights_of_a_model_folder_count(tmp_path):
     for model in (name, f'local-dir:{tmp_path / name}'):
         assert load_model(model).training_augmentation == {'augment': 'prime'}
     assert load_model('pp_resnet18.pp3_r64_imagenette').training_augmentation == {}
+    # A training that started from a folder names that folder, not its network.
+    options = yaml.safe_load((tmp_path / name / 'args.yaml').read_text())
+    (tmp_path / name / 'args.yaml').write_text(yaml.safe_dump({**options, 'model': 'local-dir:start'}))
+    assert load_model(f'local-dir:{tmp_path / name}').training_augmentation == {'augment': 'prime'}

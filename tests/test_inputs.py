@@ -1,4 +1,5 @@
 import argparse
+import json
 
 import pytest
 import timm
@@ -201,6 +202,21 @@ def test_options_of_another_network_do_not_count(tmp_path, caplog):
         load_model('resnet18', tmp_path / 'last.pth.tar', num_classes=3)
     (record,) = caplog.records
     assert 'last.pth.tar has the options of pp_resnet18: resnet18 takes neither' in record.message
+
+
+def test_folders_are_one_network_by_their_whole_names(tmp_path, caplog):
+    for folder in ('./one', './other'):
+        (tmp_path / folder).mkdir()
+        config = {'architecture': 'test_resnet', 'num_classes': 3, 'pretrained_cfg': {'crop_pct': 0.9}}
+        (tmp_path / folder / 'config.json').write_text(json.dumps(config))
+    one, other = (f'local-dir:{tmp_path}/./{folder}' for folder in ('one', 'other'))
+    state_dict = timm.create_model('test_resnet', num_classes=3).state_dict()
+    options = argparse.Namespace(model=one, crop_pct=0.7)
+    torch.save({'state_dict': state_dict, 'args': options}, tmp_path / 'last.pth.tar')
+    assert load_model(one, tmp_path / 'last.pth.tar').pretrained_cfg['crop_pct'] == 0.7 and not caplog.records
+    assert load_model(other, tmp_path / 'last.pth.tar').pretrained_cfg['crop_pct'] == 0.9
+    (record,) = caplog.records
+    assert f'last.pth.tar has the options of {one}: {other} takes neither' in record.message
 
 
 def test_the_tag_of_the_training_has_its_preprocessing(tmp_path):

@@ -16,6 +16,7 @@ from ..class_lists import find_class_map
 from ..errors import InputError
 from ..fields import TRAINING_OPTIONS, check_fields, read_mapping
 from ..layers.push_pull import PushPullConv2d
+from ..recipes import read_args_yaml
 from ..registry import RECIPE, hub_configs
 from .classes import check_not_training
 
@@ -127,8 +128,8 @@ def load_model(
         saved = read_training_options(checkpoint, use_ema)
         if saved:
             options = _check_training_options(name, checkpoint, saved, 'args')
-        else:
-            options = _read_options(name, beside)
+        elif beside.is_file():
+            options = _check_training_options(name, beside, read_mapping(beside))
         if options:
             source = f'{name} with {checkpoint if saved else beside}'
     if num_classes is not None:
@@ -146,7 +147,7 @@ def load_model(
                 'classifier would be random. Give a checkpoint.'
             )
         folder = Path(name.removeprefix('local-dir:')) if name.startswith('local-dir:') else hub_configs() / name
-        options = _read_options(model.pretrained_cfg['architecture'], folder / RECIPE)
+        options = read_args_yaml(folder / RECIPE) if (folder / RECIPE).is_file() else {}
     model.training_augmentation = augmentation_of(options)
     if checkpoint is None:
         return model
@@ -162,17 +163,12 @@ def load_model(
     return model
 
 
-def _read_options(name: str, path: Path) -> dict[str, Any]:
-    """Read the ``args.yaml`` beside weights; there are no options if there is no such file."""
-    return _check_training_options(name, path, read_mapping(path)) if path.is_file() else {}
-
-
 def _check_training_options(
     name: str, path: str | os.PathLike[str], options: dict[str, Any], within: str = ''
 ) -> dict[str, Any]:
     """Check the options of a training in a file; return none, with a warning, if they are those of another network."""
     trained = options.get('model')
-    if isinstance(trained, str) and trained.partition('.')[0] != name.partition('.')[0]:
+    if isinstance(trained, str) and _without_tag(trained) != _without_tag(name):
         _logger.warning(
             f'{path} has the options of {trained}: {name} takes neither model arguments nor the size and '
             'normalization of the images from them.'
@@ -180,6 +176,11 @@ def _check_training_options(
         return {}
     check_fields(path, options, TRAINING_OPTIONS, within)
     return options
+
+
+def _without_tag(name: str) -> str:
+    """Drop the tag of a network; folders and repositories (``local-dir:``, ``hf-hub:``) keep their whole names."""
+    return name if ':' in name else name.partition('.')[0]
 
 
 def _erase_drawn_alpha(model: Any) -> list[Any]:
