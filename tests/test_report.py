@@ -346,6 +346,16 @@ def test_error_bars_belong_to_their_axes():
     assert [segment[:, 0].tolist() for segment in across.get_segments()] == [[41, 52], [25, 37]]
 
 
+@pytest.mark.parametrize('low, high', [('', ''), (57, '')])
+def test_an_error_without_an_interval_is_a_point(low, high):
+    row = row_of('a', E=(10, 8, 14), plain_mCE=(60, low, high))
+    axes = plot_mce_against_clean_error([row]).axes[0]
+    point, _, (across, up) = axes.containers[0].lines
+    assert (list(point.get_xdata()), list(point.get_ydata())) == ([10], [60])
+    assert across.get_segments()[0].tolist() == [[8, 60], [14, 60]]
+    assert all(len(segment) < 2 for segment in up.get_segments())
+
+
 def test_the_plot_by_severity_has_errors():
     predictions = {}
     for severity, wrong in ((0, 1), (1, 3), (2, 6)):

@@ -417,8 +417,9 @@ def _label_errors(axes: 'Axes') -> None:
 
 
 def _with_spread(row: Mapping[str, Any], measures: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return values (M,) and the distances (2, M) to the low and the high ends of their intervals."""
-    numbers = np.array([[row[column] for column in columns_of(measure)] for measure in measures], float)
+    """Return values (M,) and the distances (2, M) to the low and the high ends of their intervals, NaN without one."""
+    cells = [[row[column] for column in columns_of(measure)] for measure in measures]
+    numbers = np.array([[np.nan if cell == '' else cell for cell in three] for three in cells], float)
     # Rounding can put a mean beside two equal ends, and error bars refuse negative lengths.
     return numbers[:, 0], np.abs(numbers[:, 1:].T - numbers[:, 0])
 
