@@ -337,7 +337,7 @@ def plot_pairs(
     axes = figure.subplots()
     for (start, end), (_, (low, high)) in zip(lines, arrows, strict=True):
         color = GAIN if end[1] < start[1] else LOSS
-        if low != '' and low <= 0 <= high:
+        if low != '' and round(low, 1) <= 0 <= round(high, 1):  # as the page shows them
             color = INCONCLUSIVE
         style = dict(arrowstyle='-|>', color=color, lw=1.6, mutation_scale=11, shrinkA=3, shrinkB=3)
         axes.annotate('', xy=end, xytext=start, arrowprops=style)
