@@ -1,5 +1,6 @@
 import argparse
 import json
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from timm_pushpull import load_model, open_dataset
 from timm_pushpull.models.pretrained import HUB_MODELS
 from timm_pushpull.robustness.classes import label_names
 from timm_pushpull.robustness.inputs import load_models
+from timm_pushpull.robustness.labels import find_model_classes
 
 SMALL = dict(num_classes=3)
 
@@ -117,6 +119,24 @@ def test_the_class_names_of_a_tag_are_not_those_of_a_checkpoint(tmp_path):
     assert label_names(model)[0] == 'n01440764'
     torch.save(model.state_dict(), tmp_path / 'other.pth')
     assert label_names(load_model(name, tmp_path / 'other.pth')) == []
+
+
+def test_the_class_names_of_a_training_are_those_of_its_class_map(tmp_path):
+    save_training(tmp_path / 'last.pth.tar', class_map=str(tmp_path / 'map.txt'))
+    assert label_names(load_model('pp_resnet18', tmp_path / 'last.pth.tar')) == []  # the map is on another machine
+    (tmp_path / 'map.txt').write_text('red fox\ncat\nant\n')
+    model = load_model('pp_resnet18', tmp_path / 'last.pth.tar')
+    assert label_names(model) == ['red fox', 'cat', 'ant']
+    assert find_model_classes('net', model, ImagesOf(['cat', 'red fox'])).valid_labels == [1, 0]
+    with pytest.raises(ValueError, match="class 0 is 'red fox' in net, 'ant' in the images. Give a class map"):
+        find_model_classes('net', model, ImagesOf(['ant', 'cat', 'red fox']))
+
+
+class ImagesOf(NamedTuple):
+    """Images of these classes."""
+
+    classes: list[str]
+    notes: tuple[str, ...] = ()
 
 
 def test_labels_of_models(tmp_path, checkpoint, monkeypatch):

@@ -14,7 +14,7 @@ from timm.models import create_model, load_checkpoint
 from ..checkpoint import augmentation_of, model_args_of, read_training_options, set_data_config
 from ..class_lists import find_class_map
 from ..errors import InputError
-from ..fields import TRAINING_OPTIONS, check_fields, read_mapping
+from ..fields import TRAINING_OPTIONS, check_fields, read_mapping, read_text
 from ..layers.push_pull import PushPullConv2d
 from ..recipes import read_args_yaml
 from ..registry import RECIPE, hub_configs
@@ -102,9 +102,10 @@ def load_model(
 
     A checkpoint of ``train.py`` holds the options of the training; where a file does not, as the averaged weights of
     timm's ``avg_checkpoints.py``, an ``args.yaml`` beside it does. The tag of the network, the model arguments, the
-    number of classes, and the size and normalization of the images in them are those of the model, unless they are
-    given here. The augmentation in them, or in the ``args.yaml`` of a model folder, is kept as
-    ``model.training_augmentation``. Options of another network count for nothing, which a warning says.
+    number of classes, the names of the classes in their class map, and the size and normalization of the images in them
+    are those of the model, unless they are given here. The augmentation in them, or in the ``args.yaml`` of a model
+    folder, is kept as ``model.training_augmentation``. Options of another network count for nothing, which a warning
+    says.
 
     Args:
         name: Model name that ``timm.create_model`` takes.
@@ -160,7 +161,18 @@ def load_model(
             'push_pull=False for a plain network, otherwise alpha.'
         )
     model.pretrained_cfg.pop('label_names', None)  # those of other weights
+    if labels := _label_names_of(options):
+        model.pretrained_cfg['label_names'] = labels
     return model
+
+
+def _label_names_of(options: dict[str, Any]) -> list[str]:
+    """Read the class names in the order of the logits from the class map of a training, where it still is."""
+    try:
+        path = find_class_map(options.get('class_map') or '', options.get('data_dir') or '')
+    except InputError:
+        return []
+    return [line.strip() for line in read_text(path).rstrip('\n').split('\n')] if path.endswith('.txt') else []
 
 
 def _check_training_options(
