@@ -152,13 +152,18 @@ def test_an_interval_holds_95_percent(tmp_path):
 def test_a_ratio_needs_twenty_errors_of_the_baseline(tmp_path, errors, is_given):
     passes = {(name, severity): 60 for name in TEST_CORRUPTIONS for severity in FIVE}
     write_results(tmp_path, {'a': {('clean', 0): errors, **passes}, 'b': {('clean', 0): 30, **passes}})
-    b = write_summary(tmp_path, 'a')[1]
+    words = 'Without {}: a ratio needs the predictions of the baseline, with 20 errors or more.'
+    rows = write_summary(tmp_path, 'a')
+    b = rows[1]
     assert (b['R_net'] != '', b['R_net_low'] != '', b['relative_mCE'] != '') == (is_given, is_given, True)
+    assert not_compared(rows) == ('' if is_given else words.format('R_net'))
     # The corruption that adds least adds 5 x 4 errors, or one less.
     passes |= {('fog', severity): 34 for severity in FIVE} | {('fog', 3): 34 - (errors < 20)}
     write_results(tmp_path, {'a': {('clean', 0): 30, **passes}, 'b': {('clean', 0): 30, **passes}})
-    b = write_summary(tmp_path, 'a')[1]
+    rows = write_summary(tmp_path, 'a')
+    b = rows[1]
     assert (b['R_net'] != '', b['relative_mCE'] != '') == (True, is_given)
+    assert not_compared(rows) == ('' if is_given else words.format('relative_mCE'))
 
 
 @pytest.mark.parametrize('content', [b'', b'a,b\n1,2\n', b'\xff\xfe', b'model,E\nm,x\n'])

@@ -375,19 +375,25 @@ def view_differences(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def not_compared(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say which models have no baseline to be compared with.
+    """Say which models have no baseline to be compared with, and which ratios to the baseline are left out.
 
     Args:
         rows: Rows of a summary.
 
     Returns:
-        A sentence with their names and the names of the missing runs, or ''.
+        Sentences with the names of these models, of the missing runs and of the ratios, or ''.
     """
     models = [row['model'] for row in rows]
     baseline = rows[0]['baseline'] if rows else ''
     alone = [model for model in models if baseline and not baseline_of(model, baseline, models)]
     missing = ', '.join(f'{model} (no {_same_run(baseline, model)})' for model in alone)
-    return f'Without {" and ".join(COMPARISONS)}: {missing}.' if missing else ''
+    compared = [row for row in rows if baseline and row['model'] not in alone and row['E'] != '' != row['plain_mCE']]
+    left_out = [measure for measure in COMPARISONS if any(row[measure] == '' for row in compared)]
+    sentences = [f'Without {" and ".join(COMPARISONS)}: {missing}.'] if missing else []
+    if left_out:
+        reason = f'a ratio needs the predictions of the baseline, with {FEWEST_ERRORS} errors or more.'
+        sentences.append(f'Without {" and ".join(left_out)}: {reason}')
+    return ' '.join(sentences)
 
 
 class _Rates(NamedTuple):
