@@ -13,6 +13,8 @@ from timm_pushpull import evaluate_robustness, open_dataset
 from timm_pushpull.class_lists import find_class_map
 from timm_pushpull.cli import main
 from timm_pushpull.robustness.corruptions import corrupt
+from timm_pushpull.robustness.data import DatasetImages
+from timm_pushpull.robustness.labels import find_model_classes
 from timm_pushpull.robustness.page import protocol_sentence
 from timm_pushpull.robustness.store import read_images, read_predictions, read_protocol
 
@@ -134,6 +136,12 @@ def test_valid_labels_are_those_of_validate(tmp_path):
     (tmp_path / 'labels.txt').write_text('7\n2\n0\n11\n')
     with pytest.raises(ValueError, match='models.net.valid_labels_sha256 is'):
         evaluate_robustness({'net': model}, tmp_path / 'out', images, **options)
+
+
+def test_class_names_of_another_head_do_not_count(tmp_path):
+    images = DatasetImages(open_dataset(write_images(tmp_path / 'images', 'ab', images=1)))
+    found = find_model_classes('net', network(5, label_names=['c', 'd', 'b']), images, [4, 1])
+    assert found == ([4, 1], 'net predicts among the 2 classes of the images, out of its 5.')
 
 
 @pytest.mark.parametrize(

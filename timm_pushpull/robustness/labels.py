@@ -45,7 +45,8 @@ def find_model_classes(name: str, model: Any, images: Any, valid_labels: Sequenc
     classes, count, of_model = images.classes, len(images.classes), model.num_classes
     subset = infer_imagenet_subset(model)
     names = [label_names(model), ImageNetInfo(subset).label_names() if subset else []]
-    known = [labels for labels in names if len(labels) == of_model and set(classes) <= set(labels)]
+    names = [labels if len(labels) == of_model else [] for labels in names]  # others are those of another head
+    known = [labels for labels in names if labels and set(classes) <= set(labels)]
     if valid_labels is None and of_model > count and known:
         places = {label: index for index, label in enumerate(known[0])}
         valid_labels = [places[label] for label in classes]
