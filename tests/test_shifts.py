@@ -115,6 +115,12 @@ def test_shifts_are_measured_beside_the_clean_images(tmp_path, caplog):
     assert 'c' not in read_protocol(tmp_path / 'out')['models'] and len(find_shifted(tmp_path / 'out')) == 2
 
 
+def test_a_shift_that_a_model_does_not_fit_is_named(tmp_path):
+    clean, other = (open_dataset(write_images(tmp_path / name, name, images=1)) for name in ('abc', 'abcde'))
+    with pytest.raises(ValueError, match='shifted other: net has 3 classes, but the images have 5'):
+        evaluate_robustness({'net': network(3)}, tmp_path / 'out', clean, corruptions=[], shifted={'other': other})
+
+
 def ten_of(model, images):
     """Return the logits of the ten classes for the first 12 images that the limit takes, and their classes."""
     rows = [index for index in range(20) if index % 2 == 0 or index < 4]

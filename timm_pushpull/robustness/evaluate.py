@@ -183,8 +183,11 @@ def evaluate_robustness(
     sets = [_prepare(run, folder, views, passes, source, limit, valid_labels, real_labels)]
     for name, shift in (shifted or {}).items():
         shift_folder = shifted_folder(folder, name)
-        views = Views(_open_images(shift, shift_folder, limit, progress), None, seed, data_configs, skip_unreadable)
-        sets.append(_prepare(run, shift_folder, views, [(CLEAN, 0)], {'shift': name}, limit))
+        try:
+            views = Views(_open_images(shift, shift_folder, limit, progress), None, seed, data_configs, skip_unreadable)
+            sets.append(_prepare(run, shift_folder, views, [(CLEAN, 0)], {'shift': name}, limit))
+        except InputError as error:
+            raise InputError(f'shifted {name}: {error}') from None
     with _in_eval_mode(models, device):
         for name, model in models.items():
             _check_size(name, model, data_configs[name], run.device, amp_dtype)
