@@ -14,7 +14,7 @@ from timm_pushpull.class_lists import find_class_map
 from timm_pushpull.cli import main
 from timm_pushpull.robustness.corruptions import corrupt
 from timm_pushpull.robustness.data import DatasetImages
-from timm_pushpull.robustness.labels import find_model_classes
+from timm_pushpull.robustness.labels import find_model_classes, find_right_classes
 from timm_pushpull.robustness.page import protocol_sentence
 from timm_pushpull.robustness.store import read_images, read_predictions, read_protocol
 
@@ -172,6 +172,11 @@ def test_valid_labels_of_other_synsets_are_refused(tmp_path):
         evaluate_robustness(
             {'net': network()}, tmp_path / 'out', images, corruptions=[], valid_labels=tmp_path / 'labels.txt'
         )
+
+
+def test_real_labels_are_not_by_the_logits_of_a_model_with_more_classes():
+    images = [f'ILSVRC2012_val_{number:08d}.JPEG' for number in (1, 2)]
+    assert find_right_classes([[217], [0, 5]], images, TEN[:2], valid_labels=[217, 5]) == [[1], [0]]
 
 
 @pytest.mark.parametrize('kind', ['restricted', 'all', 'numbers'])

@@ -132,8 +132,8 @@ def find_right_classes(
         real_labels: What :func:`read_real_labels` returns.
         images: Name of each image: a file ``ILSVRC2012_val_00000001``, with any folder and suffix.
         classes: Name of each class of the images.
-        valid_labels: Index of each class among the 1,000 of ImageNet; None where the classes are named by synsets, or
-            are the 1,000.
+        valid_labels: Index of each class among the 1,000 of ImageNet, where the classes are not named by synsets; None
+            where they are the 1,000.
 
     Returns:
         Right classes of each image; none if no right class is among the classes of the images.
@@ -142,7 +142,7 @@ def find_right_classes(
         ValueError: If an image is none of those with labels, or if the classes are not known.
     """
     synsets = {label: index for index, label in enumerate(ImageNetInfo().label_names())}
-    if valid_labels is None and set(classes) <= synsets.keys():
+    if set(classes) <= synsets.keys():  # not by valid_labels: those of another model than of the 1,000 classes differ
         valid_labels = [synsets[label] for label in classes]
     elif valid_labels is None and len(classes) == len(synsets):
         valid_labels = range(len(classes))
