@@ -66,6 +66,15 @@ def test_a_missing_dataset_is_refused(tmp_path):
         open_dataset(tmp_path, 'torch/nonsense')
 
 
+def test_a_class_map_that_timm_would_ignore_is_refused(tmp_path):
+    write_images(tmp_path / 'data')
+    (tmp_path / 'map.txt').write_text('1\n0\n')
+    options = dict(data_dir=tmp_path / 'data', class_map=str(tmp_path / 'map.txt'))
+    assert open_dataset(**options).reader.class_to_idx == {'1': 0, '0': 1}
+    with pytest.raises(ValueError, match='class_map must be left out for torch/image_folder, timm ignores it there'):
+        open_dataset(name='torch/image_folder', **options)
+
+
 def test_a_random_alpha_is_refused(checkpoint):
     with pytest.raises(ValueError, match='plain.pth holds no alpha, and pp_resnet18 would keep a random one: give'):
         load_model('pp_resnet18', checkpoint, **SMALL)

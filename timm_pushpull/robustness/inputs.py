@@ -37,17 +37,20 @@ def open_dataset(
         data_dir: Folder of the dataset.
         name: Type of the dataset, as in ``timm.data.create_dataset``; ``''`` for folders of images.
         split: Name of the split.
-        class_map: File of class names, or ``imagenet_100``, ``imagenet_200`` or ``imagenet_1000``.
+        class_map: File of class names, or ``imagenet_100``, ``imagenet_200`` or ``imagenet_1000``; not for ``torch/``.
 
     Returns:
         The dataset, for :func:`timm_pushpull.evaluate_robustness`.
 
     Raises:
-        ValueError: If the folder, the split or the class map does not exist, or if timm refuses the dataset.
+        ValueError: If the folder, the split or the class map does not exist, or if timm refuses the dataset or would
+            ignore the class map.
     """
     root = None if data_dir is None else os.fspath(data_dir)
     if not name and (root is None or not os.path.exists(root)):
         raise InputError(f'data_dir must be a folder of images, {root} is not one.')
+    if class_map and name.startswith('torch/'):
+        raise InputError(f'class_map must be left out for {name}, timm ignores it there: read folders without torch/.')
     options: dict[str, Any] = dict(root=root, split=split, class_map=find_class_map(class_map, root or ''))
     with as_input_error(f'{name or "images"} in {root}'):
         dataset: Any = create_dataset(name, **options)
