@@ -292,6 +292,9 @@ def test_stratified_indices():
     assert stratified_indices(targets, 1) == [0] and stratified_indices(targets, 3) == [0, 3, 5]
     assert stratified_indices(targets, 5) == [0, 1, 3, 4, 5]
     assert stratified_indices(targets, 9) == [0, 1, 2, 3, 4, 5]
+    # The first 500 classes of ImageNet are its animals and some of its things.
+    assert stratified_indices(range(1000), 500) == [*range(0, 1000, 2)]
+    assert stratified_indices([3, 2, 1, 0, 4, 3, 4, 0, 1, 2], 7) == [0, 1, 2, 3, 4, 7, 9]
     with pytest.raises(ValueError, match='limit must be at least 1, got 0'):
         stratified_indices(targets, 0)
 

@@ -123,7 +123,7 @@ def test_a_shift_that_a_model_does_not_fit_is_named(tmp_path):
 
 def ten_of(model, images):
     """Return the logits of the ten classes for the first 12 images that the limit takes, and their classes."""
-    rows = [index for index in range(20) if index % 2 == 0 or index < 4]
+    rows = [index for index in range(20) if index % 2 == 0 or index in (1, 11)]
     logits = logits_of(model, images)[rows][:, [SYNSETS.index(label) for label in TEN]]
     return logits, [images.reader.samples[row][1] for row in rows]
 

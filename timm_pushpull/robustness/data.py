@@ -318,6 +318,8 @@ def open_stored(
 def stratified_indices(targets: Sequence[int], limit: int | None = None) -> list[int]:
     """Select images evenly over the classes: the first image of each class, then the second of each, and so on.
 
+    The last of these rounds may have more images than the limit leaves: its images are then of evenly spread classes.
+
     Args:
         targets: Class index of each image.
         limit: Number of images; None for all.
@@ -328,16 +330,21 @@ def stratified_indices(targets: Sequence[int], limit: int | None = None) -> list
     Raises:
         ValueError: If the limit is not positive.
     """
-    if limit is None:
-        return list(range(len(targets)))
-    if limit < 1:
+    if limit is not None and limit < 1:
         raise InputError(f'limit must be at least 1, got {limit}.')
+    if limit is None or limit >= len(targets):
+        return list(range(len(targets)))
     seen: dict[int, int] = {}
     turns = []
     for index, target in enumerate(targets):
         seen[target] = seen.get(target, 0) + 1
         turns.append((seen[target], target, index))
-    return sorted(index for _, _, index in sorted(turns)[:limit])
+    turns.sort()
+    last, _, _ = turns[limit]
+    chosen = [index for turn, _, index in turns if turn < last]
+    of_last = [index for turn, _, index in turns if turn == last]
+    left = limit - len(chosen)
+    return sorted([*chosen, *(of_last[place * len(of_last) // left] for place in range(left))])
 
 
 def _load(file: IO[bytes]) -> Image.Image:
