@@ -323,9 +323,13 @@ def test_the_terminal_shows_the_measures_of_each_model(capsys):
         for model, e, fog, unreadable in (('first', 12.34, 56.0, 2), ('the second', 7.0, '', 3))
     ]
     print_summary(rows)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
     assert lines[1:4] == [['first', 'the', 'second'], ['E', '12.34', '7.00'], ['CE_fog', '56.00']]
     assert lines[-1][:3] == ['5', 'predictions', 'are']
+    assert 'means over severities 1 5, without the errors of models that lack one of these; mCE needs' in text
+    print_summary(rows[:1])
+    assert 'means over severities 1 5; mCE needs' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('columns, widths', [(33, [2, 1]), (34, [3]), (23, [2, 1]), (22, [1, 1, 1]), (5, [1, 1, 1])])

@@ -26,6 +26,8 @@ def print_summary(rows: Sequence[dict[str, Any]]) -> None:
             print(f'{name:<{label}}  {"  ".join(values)}')
     units = 'in %, NLL in nats, Brier score from 0 to 2' if {*measures} & {*CALIBRATION} else 'in %'
     print(f'{units}; means over severities {rows[0]["severities"] or "of none"}', end='')
+    if any(row.get(name, '') == '' for name in measures if name.startswith('CE_') for row in rows):
+        print(', without the errors of models that lack one of these', end='')
     print('.' if 'plain_mCE' in measures else '; mCE needs all 15 corruptions.')
     if unreadable := sum(row['unreadable'] for row in rows):
         print(f'{unreadable} predictions are missing: their images could not be read.')
