@@ -138,6 +138,9 @@ def test_a_summary_is_read_as_it_was_written(tmp_path):
     rows = write_summary(tmp_path, 'a')
     found = read_summary(tmp_path / 'summary.csv')
     assert found == [{**dict.fromkeys(found[0], ''), **row} for row in rows]
+    content = (tmp_path / 'summary.csv').read_bytes()
+    (tmp_path / 'spreadsheet.csv').write_bytes(b'\xef\xbb\xbf' + content.replace(b'\n', b'\r\n'))  # as Excel saves it
+    assert read_summary(tmp_path / 'spreadsheet.csv') == found
 
 
 def test_an_interval_holds_95_percent(tmp_path):

@@ -471,7 +471,7 @@ def read_csv(path: str | os.PathLike[str], *columns: str) -> list[dict[str, str]
         ValueError: If the file is not a table, lacks a column, or has a row with too few or too many cells.
         OSError: If the file cannot be read.
     """
-    with open(path, newline='', encoding='utf-8', errors='surrogateescape') as file:
+    with open(path, newline='', encoding='utf-8-sig', errors='surrogateescape') as file:
         reader = csv.DictReader(file)
         try:
             header, rows = reader.fieldnames or [], list(reader)
