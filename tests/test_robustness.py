@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from timm.data import create_dataset, create_loader, create_transform
 
 from timm_pushpull.cli import main
@@ -138,6 +138,38 @@ def test_models_may_join_and_other_protocols_are_refused(data, tmp_path):
         with pytest.raises(ValueError, match=message):
             evaluate_robustness({'a': model}, tmp_path, dataset(data), **FEW, **kwargs)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize('kind', ['clean', 'stored', 'shifted'])
+def test_other_images_of_the_same_names_are_refused(kind, data, tmp_path):
+    """As from a second, blurred copy of a folder: the folder with results would give those of the first copy."""
+
+    def evaluate(copy, **models):
+        options = dict(corruptions=['fog'], severities=[2])
+        if kind == 'stored':
+            options['stored'] = open_stored(copy, **options)
+        else:
+            options |= dict(dataset=dataset(copy), corruptions=[])
+        if kind == 'shifted':
+            options |= dict(dataset=dataset(data), shifted={'other': dataset(copy)})
+        return evaluate_robustness(models, tmp_path / 'out', **options)
+
+    for copy, radius in (('first', 0), ('second', 1)):
+        for path in data.rglob('*.png'):
+            folders = ('validation', 'fog/2') if kind == 'stored' else ('validation',)
+            for folder in folders:
+                file = tmp_path / copy / folder / path.relative_to(data / 'validation')
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.open(path).filter(ImageFilter.GaussianBlur(radius)).save(file)
+    evaluate(tmp_path / 'first', a=network(0), b=network(1, crop_pct=1.0))
+    before = contents(tmp_path / 'out')
+    for name, model in (('a', network(0)), ('c', network(2, crop_pct=0.9))):
+        with pytest.raises(
+            ValueError, match='out.* holds results of other images with the same names, such as 0/3.png'
+        ):
+            evaluate(tmp_path / 'second', **{name: model})
+    assert contents(tmp_path / 'out') == before
+    evaluate(tmp_path / 'first', c=network(2, crop_pct=0.9), a=network(0))
 
 
 def test_bad_arguments_are_refused(data, tmp_path):

@@ -36,6 +36,7 @@ from .store import (
     TOP,
     UNREADABLE,
     example_path,
+    find_examples,
     lock,
     merge_protocol,
     predictions_path,
@@ -130,7 +131,8 @@ def evaluate_robustness(
             a model does not fit RGB images, their size, or the number, names or order of the classes; if a file of
             labels is wrong, or not of these images; if the images are those for training in place of another split; if
             an image cannot be read; if a model has no BatchNorm to adapt; if the folder holds results of another
-            protocol; or if a corruption, a severity or the baseline does not exist.
+            protocol, or of other images with the same names; or if a corruption, a severity or the baseline does not
+            exist.
         WorkerKilledError: If the system kills a worker. Finished work is kept.
     """
     folder = Path(folder)
@@ -193,8 +195,10 @@ def evaluate_robustness(
             _check_size(name, model, data_configs[name], run.device, amp_dtype)
     if _rank() == 0:
         # Merged before a folder is made: what is refused must not make it.
-        merged, *_ = [merge_protocol(images.folder, images.protocol) for images in sets]
-        check_baseline(baseline, merged['models'])
+        merged = [merge_protocol(images.folder, images.protocol) for images in sets]
+        check_baseline(baseline, merged[0]['models'])
+        for images, protocol in zip(sets, merged, strict=True):
+            _check_examples(images, protocol['models'])
     for images in sets:
         _measure(run, images)
     if _rank() > 0:
@@ -495,6 +499,25 @@ def _write_examples(images: _Images, keys: Sequence[tuple[str, int]]) -> None:
                     buffer = io.BytesIO()
                     Image.fromarray(views[0].permute(1, 2, 0).numpy()).save(buffer, 'png')
                     atomic_write(path, buffer.getvalue())
+
+
+def _check_examples(images: _Images, models: Mapping[str, Any]) -> None:
+    """Refuse images that have the names of those in the folder, but other pixels: the examples in the folder tell."""
+    if not (images.folder / 'protocol.json').exists():
+        return
+    views = images.views.seen_by(models)
+    # Only what is read from disk: to corrupt images takes long, and the protocol has the seed.
+    read = images.passes if 'stored_as' in images.protocol['corruptions'] else [(CLEAN, 0)]
+    for row, corruption, severity, path in sorted(find_examples(images.folder)):
+        if (corruption, severity) in read:
+            index = images.indices[row]
+            seen, _ = views[View(corruption, severity, index)]
+            kept = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+            if not any(torch.equal(pixels, kept) for pixels in seen):
+                raise InputError(
+                    f'{images.folder} holds results of other images with the same names, such as '
+                    f'{images.views.images.names[index]}. Name another folder.'
+                )
 
 
 def _check_same_images(clean: DatasetImages, stored: StoredFolders | StoredArrays) -> None:

@@ -86,6 +86,10 @@ class Views(Dataset):
         images = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
         return images, _cpu_tensor(self.images.targets[view.image])
 
+    def seen_by(self, data_configs: Mapping[str, Mapping[str, Any]]) -> 'Views':
+        """Return the same images as other models see them."""
+        return Views(self._clean, self._stored, self._seed, data_configs, self._skip_unreadable)
+
     def _arrays(self, view: View) -> list[np.ndarray]:
         is_clean = view.corruption == CLEAN
         if self._stored is not None and not is_clean:
