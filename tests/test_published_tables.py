@@ -64,11 +64,19 @@ FINE_TUNED = {
     'plain': 'plain',
     "the paper's unit: inverted, alpha drawn": 'paper',
     'negated, alpha from 1': 'negated',
+    'inverted, alpha from 1': 'inverted',
+    'inverted, alpha from 1, window 5': 'inverted_w5',
+    'negated, window 5': 'negated_w5',
+    'plain, layer decay 0.9': 'plain_ld',
     'plain, contrast normalization': 'plain_cn',
+    'negated, contrast normalization': 'negated_cn',
+    'inverted, alpha from 1, contrast normalization': 'inverted_cn',
     'plain, PRIME': 'plain_prime',
     "the paper's unit, PRIME": 'paper_prime',
     'negated, PRIME': 'negated_prime',
+    'inverted, alpha from 1, PRIME': 'inverted_prime',
     'plain, contrast normalization, PRIME': 'plain_cn_prime',
+    'negated, contrast normalization, PRIME': 'negated_cn_prime',
     'plain, averaged': 'plain_averaged',
     'negated, averaged': 'negated_averaged',
     'plain, contrast normalization, averaged': 'plain_cn_averaged',
@@ -79,6 +87,8 @@ FINE_TUNED = {
 FINE_TUNED_PAIRS = {
     "the paper's unit": 'plain paper',
     'negated, alpha from 1': 'plain negated',
+    'inverted, alpha from 1': 'plain inverted',
+    'layer decay': 'plain plain_ld',
     'contrast normalization': 'plain plain_cn',
     'PRIME': 'plain plain_prime',
     'averaging': 'plain plain_averaged',
@@ -88,6 +98,8 @@ FINE_TUNED_PAIRS = {
     'negated, both with PRIME': 'plain_prime negated_prime',
     'negated, both averaged': 'plain_averaged negated_averaged',
     'negated, both with PRIME and averaged': 'plain_prime_averaged negated_prime_averaged',
+    'negated, both with contrast normalization': 'plain_cn negated_cn',
+    'negated, both with PRIME and contrast normalization': 'plain_cn_prime negated_cn_prime',
     'contrast normalization, both with PRIME': 'plain_prime plain_cn_prime',
     'contrast normalization, both averaged': 'plain_averaged plain_cn_averaged',
     'contrast normalization, both with PRIME and averaged': 'plain_prime_averaged plain_cn_prime_averaged',
@@ -159,7 +171,7 @@ def cells_of(csv, names, measures=MEASURES, intervals=True):
 
 def number_of_runs(csv, names):
     counts = [len(runs) for runs in select_runs(models_in(csv), names.split()).values()]
-    return '-' if counts == [1] else ', '.join(map(str, counts))
+    return '-' if names == 'before' else ', '.join(map(str, counts))
 
 
 def tables_below(heading, page):
