@@ -96,6 +96,7 @@ FINE_TUNED_PAIRS = {
     'averaging, both with PRIME': 'plain_prime plain_prime_averaged',
     "the paper's unit, both with PRIME": 'plain_prime paper_prime',
     'negated, both with PRIME': 'plain_prime negated_prime',
+    'inverted, alpha from 1, both with PRIME': 'plain_prime inverted_prime',
     'negated, both averaged': 'plain_averaged negated_averaged',
     'negated, both with PRIME and averaged': 'plain_prime_averaged negated_prime_averaged',
     'negated, both with contrast normalization': 'plain_cn negated_cn',
