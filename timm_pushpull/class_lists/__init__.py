@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..fields import read_text
 
-__all__ = ['find_class_map']
+__all__ = ['find_class_map', 'read_class_map']
 
 
 def find_class_map(name: str, folder: str = '') -> str:
@@ -35,6 +35,21 @@ def find_class_map(name: str, folder: str = '') -> str:
     raise InputError(f'class_map must be a file of class names or one of {", ".join(lists)}, got {name!r}.')
 
 
+def read_class_map(path: str | os.PathLike[str]) -> list[str]:
+    """Read a text file of class names.
+
+    Args:
+        path: Text file with one name a line, in the order of the logits.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: If the file is not text in UTF-8.
+    """
+    return [line.strip() for line in read_text(path).rstrip('\n').split('\n')]
+
+
 def _lists() -> dict[str, Path]:
     """Find the lists by name. That of all 1,000 classes is timm's, found without the slow import of timm."""
     ours, timm = Path(__file__).parent.absolute(), importlib.util.find_spec('timm')
@@ -48,17 +63,16 @@ def _check_lines(path: Path) -> None:
     """Refuse lines of a text file that would shift or leave out a class: timm takes each line for a name, even ''."""
     if path.suffix.lower() != '.txt':
         return
-    lines = read_text(path).rstrip('\n').split('\n')
-    if lines[0].startswith('\ufeff'):
+    names = read_class_map(path)
+    if names[0].startswith('\ufeff'):
         raise InputError(
             f'class_map must be without a byte-order mark, {path} begins with one: save it as plain UTF-8.'
         )
     numbers: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, name in enumerate(names, 1):
+        if not name:
             raise InputError(f'class_map must have a name on each line, line {number} of {path} is empty.')
-        if number != numbers.setdefault(line.strip(), number):
+        if number != numbers.setdefault(name, number):
             raise InputError(
-                f'class_map must name each class once, {path} has {line.strip()} on the lines '
-                f'{numbers[line.strip()]} and {number}.'
+                f'class_map must name each class once, {path} has {name} on the lines {numbers[name]} and {number}.'
             )

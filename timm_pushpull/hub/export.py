@@ -16,9 +16,9 @@ from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 
 from ..checkpoint import model_args_of, read_training_options, set_data_config
-from ..class_lists import find_class_map
+from ..class_lists import find_class_map, read_class_map
 from ..errors import InputError
-from ..fields import TRAINING_OPTIONS, read_text
+from ..fields import TRAINING_OPTIONS
 from ..recipes import list_recipes, read_args_yaml, read_recipe
 from ..registry import CARD, CHECKSUM, CONFIG, HUB_ORG, PAPER, RECIPE, read_checksum
 from ..robustness.classes import check_labels
@@ -207,7 +207,7 @@ def _labels(name: str, options: Mapping[str, Any], num_classes: int) -> Sequence
             path = find_class_map(Path(options['class_map']).stem.removesuffix('_synsets'))
         except InputError:  # not one of ours
             return []
-        return read_text(path).split()
+        return read_class_map(path)
     return ImageNetInfo().label_names() if num_classes == 1000 and name.endswith('in1k') else []
 
 

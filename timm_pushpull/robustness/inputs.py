@@ -12,9 +12,9 @@ from timm.data import create_dataset
 from timm.models import create_model, load_checkpoint
 
 from ..checkpoint import augmentation_of, model_args_of, read_training_options, set_data_config
-from ..class_lists import find_class_map
+from ..class_lists import find_class_map, read_class_map
 from ..errors import InputError
-from ..fields import TRAINING_OPTIONS, check_fields, read_mapping, read_text
+from ..fields import TRAINING_OPTIONS, check_fields, read_mapping
 from ..layers.push_pull import PushPullConv2d
 from ..recipes import read_args_yaml
 from ..registry import RECIPE, hub_configs
@@ -175,7 +175,7 @@ def _label_names_of(options: dict[str, Any]) -> list[str]:
         path = find_class_map(options.get('class_map') or '', options.get('data_dir') or '')
     except InputError:
         return []
-    return [line.strip() for line in read_text(path).rstrip('\n').split('\n')] if path.endswith('.txt') else []
+    return read_class_map(path) if path.endswith('.txt') else []
 
 
 def _check_training_options(
