@@ -276,8 +276,8 @@ def test_a_single_run_of_the_baseline_has_no_line_of_zero_gain(tmp_path):
 
 
 def test_pairs_have_their_differences_and_a_plot(tmp_path, monkeypatch):
-    intervals = []  # of plain mCE, for the colours of the arrows
-    monkeypatch.setattr(plots, 'plot_pairs', lambda means, ends: intervals.append(ends) or plot_pairs(means, ends))
+    findings = []  # on plain mCE, for the colours of the arrows
+    monkeypatch.setattr(plots, 'plot_pairs', lambda means, words: findings.extend(words) or plot_pairs(means, words))
     errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@2': (2, 7), 'pp@3': (7, 7), 'pp@x': (9, 7), 'alone': (9, 4)}
     folder = write_finished(tmp_path / 'results', errors, baseline=None)
     pairs = ['plain:pp', 'pp:plain', 'alone:plain@2', 'plain:pp']
@@ -305,7 +305,7 @@ def test_pairs_have_their_differences_and_a_plot(tmp_path, monkeypatch):
     ]
     assert sum(text.startswith('plain@2 against alone, by these 10 images: ') for text in page.texts) == 1
     assert (tmp_path / 'page' / 'pairs.png').is_file() and len(page.sources) == 8
-    assert np.ravel(intervals).tolist() == pytest.approx([-48.5, 78.5, -78.5, 48.5, 0, 50], abs=0.05)
+    assert findings == ['not significantly different'] * 3  # not so the clean error of the last
     summary = Page(write_report([folder / 'summary.csv'], tmp_path / 'summary', pairs=pairs))
     assert summary.row('plain → pp') == page.row('plain → pp') and not summary.row('points')  # needs predictions
     assert summary.row('alone → plain@2')[0].split() == ['alone', '→', 'plain@2', '1,', '1', '-50.0', *['20.0'] * 5]
@@ -528,11 +528,11 @@ def test_the_tables_of_models_and_of_corruptions_sort(tmp_path):
     ]
 
 
-def test_an_arrow_whose_interval_holds_0_is_grey():
+def test_an_arrow_of_a_difference_that_is_not_significant_is_grey():
     plain, pp = (dict(model=m, E=e, plain_mCE=mce) for m, e, mce in (('a', 10, 60), ('b', 30, 50)))
     pairs = [(plain, pp), (plain, dict(pp, plain_mCE='')), (pp, plain), (plain, pp), (plain, pp), (pp, plain)]
-    intervals = [(-12, -8), (-1, 1), (8, 12), (-21, 1), ('', ''), (0.04, 9)]  # the page shows 0.04 as 0.0
-    axes = plot_pairs(pairs, intervals).axes[0]
+    unclear = 'not significantly different'
+    axes = plot_pairs(pairs, ['lower', unclear, 'higher', unclear, '', unclear]).axes[0]
     colors = {line.get_label(): line.get_color() for line in axes.lines}
     falls, does_not, open_end = (
         colors[f'plain mCE{words}'] for words in (' falls', ' does not fall', ': interval holds 0')

@@ -312,21 +312,21 @@ def plot_examples(example: ExampleImage, models: Sequence[str]) -> 'Figure':
 
 
 def plot_pairs(
-    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], intervals: Sequence[tuple[Any, Any]] = ()
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], findings: Sequence[str] = ()
 ) -> 'Figure | None':
     """Plot plain mCE against the clean error for pairs of models, with an arrow between the models of a pair.
 
     Args:
         pairs: Rows of the two models of each pair: rows of a summary, or of its means over training runs.
-        intervals: Low and high end of the difference in plain mCE of each pair, '' if unknown. An arrow whose interval
-            holds 0 is grey.
+        findings: The :func:`~timm_pushpull.robustness.paired.significance` of the difference in plain mCE of each pair.
+            An arrow whose difference is not significant is grey.
 
     Returns:
         The figure, None if no pair has both measures.
     """
     arrows = [
-        (pair, interval)
-        for pair, interval in zip(pairs, intervals or [('', '')] * len(pairs), strict=True)
+        (pair, finding)
+        for pair, finding in zip(pairs, findings or [''] * len(pairs), strict=True)
         if all(row[measure] != '' for row in pair for measure in ('E', 'plain_mCE'))
     ]
     if not arrows:
@@ -335,16 +335,16 @@ def plot_pairs(
     lines = [(points[start['model']], points[end['model']]) for (start, end), _ in arrows]
     figure = new_figure(4)
     axes = figure.subplots()
-    for (start, end), (_, (low, high)) in zip(lines, arrows, strict=True):
+    for (start, end), (_, finding) in zip(lines, arrows, strict=True):
         color = GAIN if end[1] < start[1] else LOSS
-        if low != '' and round(low, 1) <= 0 <= round(high, 1):  # as the page shows them
+        if finding not in ('', 'lower', 'higher'):
             color = INCONCLUSIVE
         style = dict(arrowstyle='-|>', color=color, lw=1.6, mutation_scale=11, shrinkA=3, shrinkB=3)
         axes.annotate('', xy=end, xytext=start, arrowprops=style)
     axes.plot(*zip(*points.values(), strict=True), 'o', color='#333', markersize=4, zorder=4)
     axes.margins(x=0.22, y=0.14)  # room for names
     words_of_colors = [(GAIN, 'plain mCE falls'), (LOSS, 'plain mCE does not fall')]
-    if intervals:
+    if findings:
         words_of_colors.append((INCONCLUSIVE, 'plain mCE: interval holds 0'))
     for color, words in words_of_colors:
         axes.plot([], [], color=color, lw=1.6, label=words)

@@ -17,7 +17,7 @@ from .examples import read_examples
 from .fairness import unfair_comparisons
 from .intervals import columns_of
 from .metrics import COMPARISONS
-from .paired import checkpoint_pairs, paired_differences
+from .paired import checkpoint_pairs, paired_differences, significance
 from .runs import (
     Runs,
     difference_of_means,
@@ -269,7 +269,7 @@ def _pair_sections(
     runs = select_runs(models, dict.fromkeys(name for pair in pairs for name in pair))
     means = {row['model']: row for row in means_over_runs(runs)}
     of_checkpoints = {(row['from'], row['to']): row for row in paired}
-    over_runs, intervals = [], []
+    over_runs, findings = [], []
     for start, end in pairs:
         checkpoints = tuple(run['model'] for name in (start, end) for run in runs[name])
         row = of_checkpoints.get(checkpoints)
@@ -277,12 +277,12 @@ def _pair_sections(
             row = {'pair': f'{start} → {end}', 'runs (from, to)': f'{len(runs[start])}, {len(runs[end])}'}
             row |= difference_of_means(runs[start], runs[end])
             over_runs.append(row)
-        intervals.append(tuple(row[column] for column in columns_of('plain_mCE')[1:]))
+        findings.append(significance(row, 'plain_mCE'))
     caption = (
         'Plain mCE against the clean error, mean of the training runs. An arrow leads from the first model of a pair '
         'to the second.'
     )
-    figure = plots.plot_pairs([(means[start], means[end]) for start, end in pairs], intervals)
+    figure = plots.plot_pairs([(means[start], means[end]) for start, end in pairs], findings)
     tables = [page.pair_differences(over_runs)] if over_runs else []
     return ['<h2>Differences of pairs</h2>', *tables, *_write_plot(figure, path, caption)]
 
