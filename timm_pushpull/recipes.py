@@ -60,7 +60,7 @@ CIFAR_CROP = """\
 pads by 4 pixels and crops 32 at random. timm crops without padding: here a random square of at
   least (28/32)^2 of the image, the least that the paper's crop keeps."""
 START_NOTES = """\
-OURS, and UNTESTED on ImageNet. It starts from timm's ImageNet weights under a push-pull stem. Fine-tuning on few images
+OURS, and UNTESTED: no network was trained by it yet. It starts from timm's ImageNet weights. Fine-tuning on few images
 can cost robustness to noise that the weights had: measure before and after. Size, crop, mean and std of the images for
 validation are those of the weights.
 """
@@ -77,7 +77,7 @@ BASES = {  # description, notes
     'in200': ('ImageNet-200', IMAGENET_NOTES),
     'c10': ('CIFAR-10', PAPER_NOTES.format(30, 9, 21, CIFAR_CROP) + BATCH_NOTE),
     'ft_in1k': ("ImageNet-1k, from timm's weights; ours, untested", START_NOTES + SCHEDULE_NOTES + BATCH_NOTE),
-    'ft_own': ("your own folder of images, from timm's weights; ours", START_NOTES),
+    'ft_own': ("your own folder of images, from timm's weights; ours, untested", START_NOTES),
     'r64_imagenette': (
         'Imagenette at 64x64',
         'Ours, for a small data set of small images: it trains the network from scratch on 9,469 images.',
