@@ -44,9 +44,9 @@ SMALL = {
 STARTS = {
     f'pp_resnet{n}.{unit}_{addition}ft_{data}'
     for n in (18, 50)
-    for unit in ('baseline', 'pp3')
+    for data, pp in (('in1k', 'pp3'), ('own', 'pp3_negated'))
+    for unit in ('baseline', pp)
     for addition in ('', 'prime_')
-    for data in ('in1k', 'own')
 }
 RECIPES = list(list_recipes())
 FAITHFUL = [name for name in RECIPES if name not in SMALL | STARTS]
