@@ -400,7 +400,7 @@ def test_command(data, tmp_path, capsys):
             ['--class-map', 'missing'],
             'class_map must be a file of class names or one of imagenet_100, imagenet_200, imagenet_1000',
         ),
-        (['--class-map', 'imagenet_100'], 'Found 0 images'),
+        (['--class-map', 'imagenet_100'], ', of the classes in imagenet_100: Found 0 images'),
         (['--stored', 'missing'], 'stored must be a folder of corruptions, missing is not one'),
         (['--stored', '.'], 'lacks fog: name corruptions'),
         (['--corruptions', 'fig'], "got 'fig'; the nearest is 'fog'"),

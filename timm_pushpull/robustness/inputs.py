@@ -52,7 +52,8 @@ def open_dataset(
     if class_map and name.startswith('torch/'):
         raise InputError(f'class_map must be left out for {name}, timm ignores it there: read folders without torch/.')
     options: dict[str, Any] = dict(root=root, split=split, class_map=find_class_map(class_map, root or ''))
-    with as_input_error(f'{name or "images"} in {root}'):
+    classes = f', of the classes in {class_map}' if class_map else ''
+    with as_input_error(f'{name or "images"} in {root}{classes}'):
         dataset: Any = create_dataset(name, **options)
     if root is not None and not name and dataset.reader.root == root:
         if split != 'validation':
