@@ -133,7 +133,7 @@ def test_models_may_join_and_other_protocols_are_refused(data, tmp_path):
         (dict(seed=1), network(0), 'corruptions.seed is 0 there and 1 here'),
         (dict(limit=6), network(0), 'data.images is 21 there and 6 here'),
         (dict(), network(5), 'models.a.weights_sha256 is'),
-        (dict(), network(0, crop_pct=1.0), 'models.a.crop_pct is 0.8 there and 1.0 here'),
+        (dict(), network(0, crop_pct=1.0), 'models.a.crop_pct is 0.8 there and 1.0 here. Give the model another label'),
     ]:
         with pytest.raises(ValueError, match=message):
             evaluate_robustness({'a': model}, tmp_path, dataset(data), **FEW, **kwargs)

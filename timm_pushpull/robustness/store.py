@@ -169,9 +169,9 @@ def merge_protocol(folder: str | os.PathLike[str], protocol: Mapping[str, Any]) 
         # Compare the models that the folder holds, and no new ones.
         comparable = {**merged, 'models': {name: merged['models'][name] for name in found['models']}}
         for field, there, here in differences(_without_training(found), _without_training(comparable)):
+            way = 'Give the model another label' if field.startswith('models.') else 'Name another folder'
             raise InputError(
-                f'{folder} holds results of another protocol: {field} is {there} there and {here} here. '
-                'Name another folder.'
+                f'{folder} holds results of another protocol: {field} is {there} there and {here} here. {way}.'
             )
     return merged
 
