@@ -180,7 +180,7 @@ def test_timm_resnet(way, tmp_path, caplog):
     words = (
         'in a network with a push-pull unit'
         if way == 'pretrained_cfg_overlay'
-        else 'no conv1.alpha: alpha keeps its present'
+        else 'alpha keeps its present values. If it is one of a plain network, give push_pull=False'
     )
     assert sum(words in record.message for record in caplog.records) == 1
     assert model.conv1.alpha.tolist() == [0.25] * 64

@@ -268,7 +268,10 @@ class PushPullConv2d(nn.Conv2d):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight, alpha = prefix + 'weight', prefix + 'alpha'
         if self.trainable_alpha and weight in state_dict and alpha not in state_dict:
-            _logger.info(f'The checkpoint has no {alpha}: alpha keeps its present values.')
+            _logger.info(
+                f'The checkpoint has no {alpha}: alpha keeps its present values. If it is one of a plain network, give '
+                'push_pull=False.'
+            )
             state_dict[alpha] = self.alpha.detach()
         match_settings(state_dict, prefix, self._settings, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
