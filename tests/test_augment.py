@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_pushpull import PRIME
 from timm_pushpull.augment.in_model import augment_in_training
+from timm_pushpull.robustness.protocol import describe_models
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -105,7 +106,7 @@ def test_erased_regions_are_no_mismatch():
 
 
 @pytest.mark.parametrize('settings', [{}, {'push_pull': False}])
-def test_networks_take_its_name(settings, tmp_path):
+def test_networks_take_its_name(settings):
     model = timm.create_model('pp_resnet18', num_classes=10, augment='prime', **settings)
     plain = timm.create_model('pp_resnet18', num_classes=10, **settings)
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -117,10 +118,20 @@ def test_networks_take_its_name(settings, tmp_path):
     ema = copy.deepcopy(model).eval()
     plain.load_state_dict(ema.state_dict())
     assert torch.equal(ema(normalized), plain.eval()(normalized))
-    save_for_hf(model, tmp_path, safe_serialization=True)
-    assert 'augment' not in json.dumps(json.loads((tmp_path / 'config.json').read_text()))
-    if settings and hasattr(timm.models, 'get_model_args'):  # timm keeps the arguments since 1.0.31
-        assert json.loads((tmp_path / 'config.json').read_text())['model_args']['push_pull'] is False
+
+
+@pytest.mark.parametrize(
+    'name, base', [('pp_resnet18', {}), ('pp_mobilenetv3_small_100', {}), ('pp_any', {'base': 'test_resnet'})]
+)
+def test_a_saved_network_does_not_augment(name, base, tmp_path):
+    given = dict(push_pull=False, num_classes=3, **base)
+    model = timm.create_model(name, augment='prime', augment_splits=2, **given)
+    described = describe_models({'net': model}, {'net': {}}, {'net': None}, None, 'cpu')['net']['model_args']
+    save_for_hf(copy.deepcopy(model), tmp_path, safe_serialization=True)
+    saved = json.loads((tmp_path / 'config.json').read_text()).get('model_args', {})
+    assert not any(name.startswith('augment') for name in {**described, **saved})
+    if hasattr(timm.models, 'get_model_args'):  # timm keeps the arguments since 1.0.31
+        assert described.keys() == given.keys() and given.items() <= saved.items()
 
 
 @pytest.mark.parametrize('feature_cls', ['list', 'hook', 'getter'])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
+from .augment.in_model import without_augmentation
 from .errors import InputError
 
 __all__ = ['augmentation_of', 'model_args_of', 'read_training_options', 'set_data_config']
@@ -78,9 +79,7 @@ def augmentation_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_args_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``timm.create_model`` in the options of a training, all but the augmentation."""
-    model_args = {
-        key: value for key, value in (options.get('model_kwargs') or {}).items() if not key.startswith('augment')
-    }
+    model_args = without_augmentation(options.get('model_kwargs') or {})
     named = {'num_classes': 'num_classes', 'in_chans': 'in_chans', 'gp': 'global_pool', 'bn_eps': 'bn_eps'}
     given = {argument: options[option] for option, argument in named.items() if options.get(option) is not None}
     if (channels := (options.get('input_size') or [3])[0]) != 3:  # as train.py does

@@ -1,5 +1,6 @@
 """Augmentation of training batches inside the model: ``train.py --model-kwargs augment=prime``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-__all__ = ['augment_in_training']
+__all__ = ['augment_in_training', 'without_augmentation']
 
 
 def augment_in_training(model: nn.Module, augmentation: nn.Module, splits: int = 1) -> None:
@@ -29,6 +30,18 @@ def augment_in_training(model: nn.Module, augmentation: nn.Module, splits: int =
     if not isinstance(splits, int) or splits < 1:
         raise InputError(f'augment_splits must be a positive integer, got {splits!r}.')
     model.register_forward_pre_hook(_AugmentInTraining(augmentation, splits))
+    model.register_state_dict_pre_hook(_forget_augmentation)
+
+
+def without_augmentation(model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the augmentation from the arguments of a network: it belongs to one training, not to the weights."""
+    return {name: value for name, value in model_args.items() if not name.startswith('augment')}
+
+
+def _forget_augmentation(model: Any, *args: Any) -> None:
+    """Keep the augmentation out of config.json: timm's ``save_for_hf`` takes the weights first, then the arguments."""
+    if hasattr(model, '_model_args'):  # timm sets them since 1.0.31
+        model._model_args = without_augmentation(model._model_args)
 
 
 class _AugmentInTraining:

@@ -73,8 +73,6 @@ class PushPullResNet(ResNet):
             anti-aliasing layer or augmentation.
     """
 
-    __jit_unused_properties__ = ['_model_args']
-
     def __init__(
         self,
         *args: Any,
@@ -112,19 +110,6 @@ class PushPullResNet(ResNet):
         if contrast_norm:
             add_contrast_norm(self.get_submodule(name))
         _guard_and_augment(self, contrast_norm, aa_layer, augment, augment_splits, cifar)
-
-    @property
-    def _model_args(self) -> dict[str, Any]:
-        """Arguments that timm writes to config.json, all but the augmentation of the training."""
-        if '_kept_model_args' not in self.__dict__:
-            raise AttributeError('_model_args')  # timm sets them since 1.0.31
-        return self.__dict__['_kept_model_args']
-
-    @_model_args.setter
-    def _model_args(self, args: dict[str, Any]) -> None:
-        self.__dict__['_kept_model_args'] = {
-            name: value for name, value in args.items() if not name.startswith('augment')
-        }
 
     def _shrink_stem(self) -> None:
         conv = nn.Conv2d(self.in_chans, 64, kernel_size=3, padding=1, bias=False).to(next(self.conv1.parameters()))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..augment.in_model import without_augmentation
 from ..fields import read_text
 from ..layers.settings import is_settings
 from .classes import is_imagenet_1k
@@ -92,7 +93,9 @@ def describe_models(
         name: {
             'architecture': (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'),
             # The arguments of create_model, which timm keeps since 1.0.31.
-            'model_args': {key: str(value) for key, value in getattr(model, '_model_args', {}).items()},
+            'model_args': {
+                key: str(value) for key, value in without_augmentation(getattr(model, '_model_args', {})).items()
+            },
             **data_configs[name],
             'param_count': round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
             'weights_sha256': hash_weights(model),
