@@ -240,13 +240,21 @@ def test_a_training_from_a_folder(exported, tmp_path):
     assert yaml.safe_load((folder / RECIPE).read_text()) == {**options, 'model': f'local-dir:{exported.name}'}
 
 
-@pytest.mark.parametrize('pretrained, license', [(True, 'cc-by-nc-4.0'), (False, 'apache-2.0')])
-def test_the_license_is_that_of_the_initial_weights(pretrained, license, tmp_path):
-    model = timm.create_model('pp_convnextv2_nano', num_classes=2)
+@pytest.mark.parametrize(
+    'name, start, license',
+    [
+        ('pp_convnextv2_nano', {'pretrained': True}, 'cc-by-nc-4.0'),
+        ('pp_convnextv2_nano', {}, 'apache-2.0'),
+        ('pp_resnet18', {'initial_checkpoint': '/runs/last.pth.tar'}, 'unknown'),
+        ('pp_resnet18', {'pretrained': True, 'pretrained_path': '/runs/net.safetensors'}, 'unknown'),
+        ('pp_resnet50.bamboo', {'pretrained': True}, 'unknown'),  # timm names none
+    ],
+)
+def test_the_license_is_that_of_the_initial_weights(name, start, license, tmp_path):
+    model = timm.create_model(name, num_classes=2)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
-    options = {'model': 'pp_convnextv2_nano', 'num_classes': 2, 'pretrained': pretrained}
-    (tmp_path / RECIPE).write_text(yaml.safe_dump(options))
-    folder = export(tmp_path, tmp_path, tag='pp_convnextv2_nano.mine')
+    (tmp_path / RECIPE).write_text(yaml.safe_dump({'model': name, 'num_classes': 2, **start}))
+    folder = export(tmp_path, tmp_path, tag=f'{name.partition(".")[0]}.mine')
     assert json.loads((folder / CONFIG).read_text())['pretrained_cfg']['license'] == license
     card = (folder / CARD).read_text()
     assert f'license: {license}\n' in card and f'## Licence\n{license}. ' in card

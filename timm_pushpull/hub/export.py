@@ -171,13 +171,24 @@ def _build(name: str, options: Mapping[str, Any], path: Path) -> Any:
     paper = PAPER if has_unit(model) else {}
     for key in ('label_names', 'label_descriptions'):  # of the weights that the training started from
         model.pretrained_cfg.pop(key, None)
-    license = options.get('pretrained') and model.pretrained_cfg.get('license')  # of the weights it started from
     reduction = model.feature_info[-1]['reduction']
     pool_size = tuple(math.ceil(side / reduction) for side in model.pretrained_cfg['input_size'][1:])
     model.pretrained_cfg.update(
-        tag=tag, num_classes=model.num_classes, pool_size=pool_size, license=license or 'apache-2.0', **paper
+        tag=tag,
+        num_classes=model.num_classes,
+        pool_size=pool_size,
+        license=_license(options, model.pretrained_cfg.get('license')),
+        **paper,
     )
     return model.eval()
+
+
+def _license(options: Mapping[str, Any], of_pretrained: str | None) -> str:
+    """Return the license of the weights that the training started from; nobody knows that of a file."""
+    if not options.get('pretrained') and not options.get('initial_checkpoint'):
+        return 'apache-2.0'
+    from_file = options.get('initial_checkpoint') or options.get('pretrained_path')
+    return (None if from_file else of_pretrained) or 'unknown'
 
 
 def _check_network(model: nn.Module, name: str, options: Mapping[str, Any]) -> None:
