@@ -245,6 +245,7 @@ def test_a_training_from_a_folder(exported, tmp_path):
     [
         ('pp_convnextv2_nano', {'pretrained': True}, 'cc-by-nc-4.0'),
         ('pp_convnextv2_nano', {}, 'apache-2.0'),
+        ('pp_convnext_tiny.dinov3_lvd1689m', {'pretrained': True}, 'dinov3-license'),  # which the Hub does not know
         ('pp_resnet18', {'initial_checkpoint': '/runs/last.pth.tar'}, 'unknown'),
         ('pp_resnet18', {'pretrained': True, 'pretrained_path': '/runs/net.safetensors'}, 'unknown'),
         ('pp_resnet50.bamboo', {'pretrained': True}, 'unknown'),  # timm names none
@@ -257,7 +258,8 @@ def test_the_license_is_that_of_the_initial_weights(name, start, license, tmp_pa
     folder = export(tmp_path, tmp_path, tag=f'{name.partition(".")[0]}.mine')
     assert json.loads((folder / CONFIG).read_text())['pretrained_cfg']['license'] == license
     card = (folder / CARD).read_text()
-    assert f'license: {license}\n' in card and f'## Licence\n{license}. ' in card
+    in_metadata = f'license: {license}\n' if 'dinov3' not in license else f'license: other\nlicense_name: {license}\n'
+    assert f'\n{in_metadata}' in card and f'## Licence\n{license}. ' in card
 
 
 def test_the_card_tells_the_unit():

@@ -25,6 +25,11 @@ DATASETS = {
     'c10': ('CIFAR-10', 'cifar10'),
     'imagenette': ('Imagenette', 'frgfm/imagenette'),
 }
+# Of the licenses of timm's weights those that the Hub knows: it refuses others, and takes them as license_name.
+HUB_LICENSES = {
+    *('apache-2.0', 'apple-amlr', 'apple-ascl', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0'),
+    *('fair-noncommercial-research-license', 'gemma', 'mit', 'unknown'),
+}
 TASK = 'image-classification'
 REPRODUCTION = f"""## Reproduce
 With timm's `train.py` and the `{RECIPE}` of this folder:
@@ -98,11 +103,13 @@ def model_card(
     """
     dataset, dataset_id = DATASETS.get(name.rpartition('_')[2].rpartition('.')[2], (None, None))
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    known = cfg['license'] in HUB_LICENSES
     metadata = ModelCardData(
         library_name='timm',
         pipeline_tag=TASK,
         tags=[TASK, 'timm', 'push-pull', 'robustness'],
-        license=cfg['license'],
+        license=cfg['license'] if known else 'other',
+        license_name=None if known else cfg['license'],
         datasets=[dataset_id] if dataset_id else None,
         model_name=name,
         eval_results=_eval_results(evaluation, dataset, dataset_id) or None,
