@@ -67,11 +67,17 @@ def test_a_saved_network_comes_back(settings, tmp_path):
     assert torch.equal(create(**settings, checkpoint_path=tmp_path / 'last.pth')(x), model(x))
 
 
-def test_a_model_that_python_converted_comes_back(tmp_path):
-    model = convert_to_push_pull(timm.create_model(BASE, num_classes=3), avg_pool_size=5).eval()
-    model.pretrained_cfg['architecture'] = 'pp_any'
-    name, x = saved(model, tmp_path, avg_pool_size=5), images()
-    assert torch.equal(timm.create_model(name, pretrained=True).eval()(x), model(x))
+@pytest.mark.parametrize(
+    'settings', [dict(avg_pool_size=5), dict(alpha=torch.tensor(0.3), trainable_alpha=False)], ids=str
+)
+def test_a_model_that_python_converted_comes_back(settings, tmp_path):
+    model = convert_to_push_pull(timm.create_model(BASE, num_classes=3), **settings).eval()
+    given = {} if hasattr(timm.models, 'get_model_args') else dict(model_args=model._model_args)  # since timm 1.0.31
+    save_for_hf(model, tmp_path, safe_serialization=True, **given)
+    again, x = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval(), images()
+    assert str(again) == str(model) and torch.equal(again(x), model(x))
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=7)
+    assert isinstance(other.conv_stem, PushPullConv2d)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch.nn as nn
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.models import is_model
 from torch import Tensor
 
 from ..errors import InputError
@@ -12,7 +13,7 @@ from ..layers.push_pull import PushPullConv2d
 from ..layers.std_conv import PushPullStdConv2d
 from ..ops.reference import PullKernel
 
-__all__ = ['architecture_of', 'convert_to_push_pull', 'first_convs']
+__all__ = ['architecture_of', 'convert_to_push_pull', 'first_convs', 'replace_first_convs']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
@@ -33,7 +34,8 @@ def convert_to_push_pull(
     """Replace the first convolution of a timm model by a push-pull unit with the same weights.
 
     timm names the first convolution in ``model.pretrained_cfg['first_conv']``; where timm names several, each is
-    replaced. timm's convolutions with TensorFlow's SAME padding or with standardized weights keep these.
+    replaced. timm's convolutions with TensorFlow's SAME padding or with standardized weights keep these. The model is
+    then a ``pp_any`` with the network as its ``base``: timm's ``save_for_hf`` (since timm 1.0.31) saves it as that.
 
     Args:
         model: Model made by ``timm.create_model``, with or without ``features_only``; it is changed in place.
@@ -51,6 +53,25 @@ def convert_to_push_pull(
         ValueError: If timm names no first convolution, if it is of a class that is not known here, or if a setting is
             refused by :class:`~timm_pushpull.PushPullConv2d`.
     """
+    base = architecture_of(model)
+    replace_first_convs(model, avg_pool_size, alpha, trainable_alpha, pull_kernel)
+    if is_model(base) and not base.startswith('pp_'):
+        named: Any = model
+        settings = dict(avg_pool_size=avg_pool_size, trainable_alpha=trainable_alpha, pull_kernel=pull_kernel)
+        fixed = {} if trainable_alpha else {'alpha': float(alpha)}  # type: ignore[arg-type]  # one number
+        named.pretrained_cfg['architecture'] = 'pp_any'
+        named._model_args = {**getattr(model, '_model_args', {}), 'base': base, **settings, **fixed}
+    return model
+
+
+def replace_first_convs(
+    model: nn.Module,
+    avg_pool_size: int,
+    alpha: float | Sequence[float] | Tensor | None,
+    trainable_alpha: bool,
+    pull_kernel: PullKernel,
+) -> None:
+    """Replace each first convolution by a unit, see :func:`convert_to_push_pull`."""
     name, layers = architecture_of(model), {}
     for path, conv in first_convs(model).items():
         if type(conv) not in UNITS:
@@ -60,7 +81,6 @@ def convert_to_push_pull(
         layers[path] = UNITS[type(conv)].from_conv2d(conv, avg_pool_size, alpha, trainable_alpha, pull_kernel)
     for path, layer in layers.items():
         model.set_submodule(path, layer)
-    return model
 
 
 def first_convs(model: nn.Module) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ..layers.contrast_norm import add_contrast_norm
 from ..layers.settings import SETTINGS, guard_settings, match_settings
 from ..ops.reference import PullKernel
 from .arguments import check_arguments
-from .convert import convert_to_push_pull, first_convs
+from .convert import first_convs, replace_first_convs
 from .pretrained import initial_unit_state, locate_weights, plain_cfgs, restore_sources, warn_to_fine_tune, weights_name
 
 __all__ = ['create_push_pull']
@@ -155,7 +155,7 @@ def create_push_pull(
     )
     restore_sources(model, resolved)
     if push_pull:
-        convert_to_push_pull(model, avg_pool_size, alpha, trainable_alpha, pull_kernel)
+        replace_first_convs(model, avg_pool_size, alpha, trainable_alpha, pull_kernel)
     layers = list(first_convs(model).values())
     model.pretrained_cfg['architecture'] = variant
     if push_pull and pretrained:
