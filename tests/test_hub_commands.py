@@ -503,6 +503,17 @@ def test_images_with_the_classes_of_the_training_in_another_order_are_refused(ru
     assert main(['hub', *map(str, arguments), str(tmp_path / 'data')]) == 0
 
 
+def test_the_class_map_of_the_training_names_the_classes(data, tmp_path, capsys):
+    (tmp_path / 'map.txt').write_text('\n'.join(reversed(CLASSES)))
+    options = {**OPTIONS, 'class_map': str(tmp_path / 'map.txt'), 'model_kwargs': {}}
+    (tmp_path / RECIPE).write_text(yaml.safe_dump(options))
+    torch.save(timm.create_model('pp_resnet18', num_classes=2).state_dict(), tmp_path / 'last.pth.tar')
+    folder = export(tmp_path, tmp_path / 'hub')
+    assert json.loads((folder / CONFIG).read_text())['label_names'] == CLASSES[::-1]
+    arguments = 'export', tmp_path / 'last.pth.tar', '--name', TAG, '--output', tmp_path / 'hub', '--data-dir', data
+    assert 'in another order than the images' in fails(capsys, *arguments)
+
+
 def test_damaged_weights_are_replaced(run, tmp_path):
     folder = export(run, tmp_path)
     whole = (folder / WEIGHTS).read_bytes()

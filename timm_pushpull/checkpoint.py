@@ -4,6 +4,7 @@ import argparse
 import os
 import reprlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
 from .augment.in_model import without_augmentation
+from .class_lists import find_class_map, read_class_map
 from .errors import InputError
 
-__all__ = ['augmentation_of', 'model_args_of', 'read_training_options', 'set_data_config']
+__all__ = ['augmentation_of', 'label_names_of', 'model_args_of', 'read_training_options', 'set_data_config']
 
 AUGMENTATION = 'aa color_jitter color_jitter_prob gaussian_blur_prob grayscale_prob no_aug reprob'.split()
 
@@ -75,6 +77,25 @@ def augmentation_of(options: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: given[name] for name in AUGMENTATION if given.get(name)}
     augment = (options.get('model_kwargs') or {}).get('augment')
     return found | ({'augment': augment} if augment else {})
+
+
+def label_names_of(options: Mapping[str, Any]) -> list[str]:
+    """Read the names of the classes, in the order of the logits, from the class map of a training.
+
+    Args:
+        options: Options of ``train.py``.
+
+    Returns:
+        The names; empty without a class map, or where its file is neither there nor a list of this package.
+    """
+    class_map = options.get('class_map') or ''
+    for name in (class_map, Path(class_map).stem.removesuffix('_synsets')):  # a list has another path elsewhere
+        try:
+            path = find_class_map(name, options.get('data_dir') or '')
+        except InputError:
+            continue
+        return read_class_map(path) if path.endswith('.txt') else []
+    return []
 
 
 def model_args_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,7 @@ import yaml
 from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import create_model, is_model, load_checkpoint, save_for_hf
 
-from ..checkpoint import model_args_of, read_training_options, set_data_config
-from ..class_lists import find_class_map, read_class_map
+from ..checkpoint import label_names_of, model_args_of, read_training_options, set_data_config
 from ..errors import InputError
 from ..fields import TRAINING_OPTIONS
 from ..recipes import list_recipes, read_args_yaml, read_recipe
@@ -213,13 +212,10 @@ def _load(model: nn.Module, checkpoint: Path, use_ema: bool) -> None:
 
 def _labels(name: str, options: Mapping[str, Any], num_classes: int) -> Sequence[str]:
     """Name the classes in the order of the logits; empty if the options do not tell them."""
-    if options.get('class_map'):
-        try:
-            path = find_class_map(Path(options['class_map']).stem.removesuffix('_synsets'))
-        except InputError:  # not one of ours
-            return []
-        return read_class_map(path)
-    return ImageNetInfo().label_names() if num_classes == 1000 and name.endswith('in1k') else []
+    labels = label_names_of(options)
+    if not options.get('class_map') and name.endswith('in1k'):
+        labels = ImageNetInfo().label_names()
+    return labels if len(labels) == num_classes else []
 
 
 def _label_config(labels: Sequence[str]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 from timm.data import create_dataset
 from timm.models import create_model, load_checkpoint
 
-from ..checkpoint import augmentation_of, model_args_of, read_training_options, set_data_config
-from ..class_lists import find_class_map, read_class_map
+from ..checkpoint import augmentation_of, label_names_of, model_args_of, read_training_options, set_data_config
+from ..class_lists import find_class_map
 from ..errors import InputError
 from ..fields import TRAINING_OPTIONS, check_fields, read_mapping
 from ..layers.push_pull import PushPullConv2d
@@ -165,18 +165,9 @@ def load_model(
             'push_pull=False for a plain network, otherwise alpha.'
         )
     model.pretrained_cfg.pop('label_names', None)  # those of other weights
-    if labels := _label_names_of(options):
+    if labels := label_names_of(options):
         model.pretrained_cfg['label_names'] = labels
     return model
-
-
-def _label_names_of(options: dict[str, Any]) -> list[str]:
-    """Read the class names in the order of the logits from the class map of a training, where it still is."""
-    try:
-        path = find_class_map(options.get('class_map') or '', options.get('data_dir') or '')
-    except InputError:
-        return []
-    return read_class_map(path) if path.endswith('.txt') else []
 
 
 def _check_training_options(
