@@ -545,7 +545,7 @@ FAULTS = {
     ),
     'other classes': (lambda folder: edit(folder / CONFIG, label_names=['a']), 'names 1 classes, the model has 2'),
     'no such setting': (lambda folder: edit(folder / CONFIG, model_args={'window': 3}), 'does not describe a model'),
-    'shapes': (lambda folder: reshape(folder), 'fc.bias has shape (3,), in the model (2,)'),
+    'shapes': (lambda folder: reshape(folder), 'size mismatch for fc.bias'),
     'not finite': (lambda folder: reshape(folder, torch.full((2,), float('nan'))), 'not finite'),
     'transformers': (lambda folder: replace(folder / CARD, '- push-pull', '- push-pull\n- transformers'), 'tags'),
     'card': (lambda folder: replace(folder / CARD, 'library_name: timm', 'library_name: x'), 'library_name: timm'),
