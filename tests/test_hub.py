@@ -166,10 +166,16 @@ CONFIG_FAULTS = {
     'unknown field': (lambda path: spoil_field(path, window=3), 'has the field window, which timm does not know'),
     'input_size of another type': (
         lambda path: spoil_field(path, input_size='64'),
-        "input_size must be a tuple, got '64'",
+        "input_size must be channels, height and width, got '64'",
     ),
-    'crop_pct of another type': (lambda path: spoil_field(path, crop_pct='1'), "crop_pct must be a float, got '1'"),
-    'num_classes of another type': (lambda path: spoil(path, num_classes='10'), "num_classes must be an int, got '10'"),
+    'crop_pct of another type': (
+        lambda path: spoil_field(path, crop_pct='1'),
+        "crop_pct must be a positive number, got '1'",
+    ),
+    'num_classes of another type': (
+        lambda path: spoil(path, num_classes='10'),
+        "num_classes must be a positive integer, got '10'",
+    ),
 }
 CHECKSUM_FAULTS = {
     'no checksum': (lambda path: path.unlink(), 'is missing'),

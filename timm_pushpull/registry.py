@@ -12,7 +12,6 @@ push-pull ResNet, and it is the content of the model's repository on the Hub:
 The weights of a name never change: better weights get another name.
 """
 
-import dataclasses
 import os
 import re
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 from .autoload import warn
 from .errors import InputError
-from .fields import MAPPING, check_fields, read_mapping
+from .fields import CHANNELS, COUNT, CROP_MODE, INTERPOLATION, MAPPING, POSITIVE, SIZE, check_fields, read_mapping
 from .weights import WEIGHTS, fetch_weights, file_sha256
 
 __all__ = [
@@ -42,6 +41,15 @@ __all__ = [
 HUB_ORG = os.environ.get('TIMM_PUSHPULL_HUB_ORG', 'timm-pushpull')
 CONFIG, RECIPE, CARD = 'config.json', 'args.yaml', 'README.md'
 CHECKSUM = f'{WEIGHTS}.sha256'
+PRETRAINED_CFG = {
+    'input_size': SIZE,
+    'interpolation': INTERPOLATION,
+    'crop_pct': POSITIVE,
+    'crop_mode': CROP_MODE,
+    'mean': CHANNELS,
+    'std': CHANNELS,
+    'num_classes': COUNT,
+}
 PAPER = {  # pretrained_cfg fields of our weights
     'origin_url': 'https://github.com/bgswaroop/pushpull-conv',
     'paper_name': 'PushPull-Net: Inhibition-driven ResNet robust to image corruptions',
@@ -119,6 +127,8 @@ def read_hub_model(folder: Path) -> HubModel:
         ValueError: If ``config.json`` does not describe a model, or if there is no readable checksum; the message names
             the file and the fault.
     """
+    from timm.models import PretrainedCfg
+
     path = folder / CONFIG
     config = read_mapping(path)
     check_fields(path, config, {'pretrained_cfg': MAPPING, 'model_args': MAPPING})
@@ -127,7 +137,10 @@ def read_hub_model(folder: Path) -> HubModel:
         key: config[key] for key in ('num_classes', 'label_names', 'label_descriptions') if key in config
     }
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    _check_types(cfg, path)
+    check_fields(path, cfg, PRETRAINED_CFG, 'pretrained_cfg')
+    for key in cfg:
+        if key not in PretrainedCfg.__dataclass_fields__:
+            raise InputError(f'{path} has the field {key}, which timm does not know.')
     sha256 = read_checksum(folder)
     if sha256 is None:
         raise InputError(f'{folder / CHECKSUM} is missing.')
@@ -136,19 +149,6 @@ def read_hub_model(folder: Path) -> HubModel:
     model_args = {key: value for key, value in config['model_args'].items() if key not in ('num_classes', 'in_chans')}
     weights = folder / WEIGHTS
     return HubModel(cfg, model_args, sha256, weights if weights.exists() else None)
-
-
-def _check_types(cfg: dict[str, Any], path: Path) -> None:
-    """Refuse fields that timm does not know, or with a value of another type than timm's default."""
-    from timm.models import PretrainedCfg
-
-    defaults = dataclasses.asdict(PretrainedCfg())
-    for key, value in cfg.items():
-        if key not in defaults:
-            raise InputError(f'{path} has the field {key}, which timm does not know.')
-        kind: Any = type(defaults[key])
-        if defaults[key] is not None and not isinstance(value, (int, float) if kind is float else kind):
-            raise InputError(f'{path}: {key} must be {"an" if kind is int else "a"} {kind.__name__}, got {value!r}.')
 
 
 def read_checksum(folder: str | os.PathLike[str]) -> str | None:

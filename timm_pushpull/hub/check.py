@@ -13,22 +13,13 @@ from timm.models import create_model
 from yaml import YAMLError
 
 from ..errors import InputError
-from ..fields import CHANNELS, COUNT, CROP_MODE, INTERPOLATION, POSITIVE, SIZE, TEXT, check_fields
+from ..fields import TEXT, check_fields
 from ..recipes import read_args_yaml
 from ..registry import CARD, CHECKSUM, CONFIG, RECIPE, read_hub_model
 from ..weights import WEIGHTS, file_sha256
 
 __all__ = ['check_folder']
 
-PRETRAINED_CFG = {
-    'input_size': SIZE,
-    'interpolation': INTERPOLATION,
-    'crop_pct': POSITIVE,
-    'crop_mode': CROP_MODE,
-    'mean': CHANNELS,
-    'std': CHANNELS,
-    'num_classes': COUNT,
-}
 PICKLES = ('.bin', '.ckpt', '.pickle', '.pkl', '.pt', '.pth', '.tar')
 
 
@@ -57,9 +48,7 @@ def check_folder(folder: str | os.PathLike[str]) -> str:
         if path.suffix in PICKLES:
             raise InputError(f'{path} may hold a pickle, which runs code when it is loaded: keep {WEIGHTS} only.')
     read_args_yaml(folder / RECIPE)
-    hub_model = read_hub_model(folder)
-    sha256 = hub_model.sha256
-    check_fields(folder / CONFIG, hub_model.pretrained_cfg, PRETRAINED_CFG, 'pretrained_cfg')
+    sha256 = read_hub_model(folder).sha256
     try:
         model: Any = create_model(f'local-dir:{folder}').eval()
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
