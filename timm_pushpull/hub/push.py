@@ -44,9 +44,9 @@ def push_folder(
     folder = Path(folder)
     check_folder(folder)
     sha256 = read_checksum(folder)
-    files = [file for file in (CARD, RECIPE, CONFIG, WEIGHTS, CHECKSUM) if (folder / file).exists()]
-    if WEIGHTS not in files:
+    if not (folder / WEIGHTS).exists():
         raise InputError(f'{folder} has no {WEIGHTS} to push.')
+    files = [CARD, RECIPE, CONFIG, WEIGHTS, CHECKSUM]
     api, repo_id = HfApi(library_name='timm-pushpull'), f'{org}/{folder.resolve().name}'
     try:
         exists = api.repo_exists(repo_id)
