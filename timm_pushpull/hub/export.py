@@ -112,7 +112,8 @@ def export_checkpoint(
             model_args=model_args,
             safe_serialization=True,
         )
-        (written / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner only
+        # safetensors makes it readable for its owner only.
+        (written / WEIGHTS).chmod((written / CONFIG).stat().st_mode)
         sha256 = file_sha256(written / WEIGHTS)
         if read_checksum(folder) not in (None, sha256):
             raise InputError(f'{folder} has other weights, and the weights of a name never change: give another name.')
@@ -283,12 +284,6 @@ def _unlike_default(protocol: Mapping[str, Any], label: str, model: nn.Module) -
     default['precision'] = 'float32'
     details = {**default, **protocol['models'][label]}
     return {key: details[key] for key in default if details[key] != default[key]}
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
