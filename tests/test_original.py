@@ -127,13 +127,14 @@ def test_original_settings_are_read(stem, tmp_path):
 
 
 def test_a_folder_says_what_the_paper_did(tmp_path):
-    """Not the tag, the paper and the images for evaluation of timm's weights of that name."""
+    """Not the tag, the license, the paper and the images for evaluation of timm's weights of that name."""
     save_original(OriginalUnit(3, None), tmp_path / 'last.ckpt', avg_kernel_size=3)
     convert_original_checkpoint(tmp_path / 'last.ckpt', tmp_path / 'model')
     model = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
     images = resolve_data_config({}, model=model, use_test_size=True)
     assert (*images['input_size'], images['crop_pct'], images['interpolation']) == (3, 224, 224, 1.0, 'bilinear')
-    assert 'tag' not in model.pretrained_cfg and model.pretrained_cfg['paper_ids'] == 'arXiv:2408.04077'
+    assert 'tag' not in model.pretrained_cfg and model.pretrained_cfg['license'] == 'unknown'
+    assert model.pretrained_cfg['paper_ids'] == 'arXiv:2408.04077'
 
 
 @pytest.mark.parametrize('way', WAYS)

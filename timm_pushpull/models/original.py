@@ -137,7 +137,8 @@ def read_original_checkpoint(path: str) -> OriginalCheckpoint:
     # The default cfg of the other networks is that of timm's weights.
     of_timm = dict(tag=None, test_input_size=None, test_crop_pct=None)
     imagenet = dict(interpolation='bilinear', crop_pct=1.0, **of_timm, **PAPER)
-    pretrained_cfg = dict(std=(0.2023, 0.1994, 0.2010)) if cifar else imagenet
+    pretrained_cfg: dict[str, Any] = dict(std=(0.2023, 0.1994, 0.2010)) if cifar else imagenet
+    pretrained_cfg['license'] = 'unknown'
     model_args: dict[str, Any] = dict(
         in_chans=weight.shape[1],
         num_classes=state_dict['classifier.weight'].shape[0],
