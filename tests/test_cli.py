@@ -65,7 +65,8 @@ def test_import_original(tmp_path, capsys):
     theirs = save_original(make_stem(), tmp_path / 'last.ckpt', trap=torch.nn.Dropout(), **hyper_parameters)
     assert main(['import-original', str(tmp_path / 'last.ckpt'), str(tmp_path / 'new' / 'model')]) == 0
     assert 'pp_resnet18 (in_chans=3, num_classes=10, push_pull=True, avg_pool_size=5' in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / 'new').rglob('*')} == {'model', 'config.json', 'model.safetensors'}
+    files = {path.name: path for path in (tmp_path / 'new' / 'model').iterdir()}
+    assert files.keys() == {'config.json', 'model.safetensors'} and len({p.stat().st_mode for p in files.values()}) == 1
     ours = timm.create_model(f'local-dir:{tmp_path}/new/model', pretrained=True).eval()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)

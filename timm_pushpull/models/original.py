@@ -13,7 +13,8 @@ import torch.nn as nn
 
 from ..errors import InputError
 from ..layers.push_pull import PushPullConv2d
-from ..registry import PAPER
+from ..registry import CONFIG, PAPER
+from ..weights import WEIGHTS
 
 __all__ = [
     'OriginalCheckpoint',
@@ -185,5 +186,7 @@ def convert_original_checkpoint(path: str, folder: str) -> OriginalCheckpoint:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}-') as unfinished:
         written = pathlib.Path(unfinished) / target.name
         save_for_hf(model, str(written), model_args=checkpoint.model_args, safe_serialization=True)
+        # safetensors makes it readable for its owner only.
+        (written / WEIGHTS).chmod((written / CONFIG).stat().st_mode)
         written.rename(target)
     return checkpoint
