@@ -128,7 +128,7 @@ def model_card(
         f'- **Weights:** {weights}\n'
         f'- **Images:** {size}, crop {cfg["crop_pct"]:g}, {cfg["interpolation"]}; mean {_numbers(cfg["mean"])}, '
         f'std {_numbers(cfg["std"])}\n'
-        f'- **Trained on:** {dataset or "see the recipe"}, {model.num_classes:,} classes\n'
+        f'- **Trained on:** {f"{dataset}, " if dataset else ""}{model.num_classes:,} classes\n'
         '- **Paper:** PushPull-Net, https://arxiv.org/abs/2408.04077',
         *_results(name, reference, evaluation, rounding, seed, weights),
         _usage(name, reference, label_config or {}, model.num_classes),
