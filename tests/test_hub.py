@@ -258,8 +258,7 @@ def test_installed_weights_need_no_network(hub, local, images):
     assert model.pretrained_cfg['hf_hub_id'] == REPO_ID and 'file' not in model.pretrained_cfg
 
 
-# In the length of the header, in its text, in the first and the last tensor.
-OFFSETS = [0, 7, 100, 20_000, -1]
+OFFSETS = [0, -1]  # in the length of the header, and in the last tensor
 
 
 @pytest.mark.parametrize('offset', OFFSETS)

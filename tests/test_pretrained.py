@@ -240,18 +240,17 @@ def test_without_a_network(hub, monkeypatch, tmp_path):
 # Damage, of all three kinds of names
 
 
-@pytest.mark.parametrize('offset', [0, 7, 100, -1])
 @pytest.mark.parametrize(
     'name, repo_id',
     [('pp_resnet18', TIMM), ('pp_mobilenetv3_small_100', ANY), ('hf-hub:someone/ours', 'someone/ours')],
 )
-def test_damaged_bytes_are_never_used(name, repo_id, offset, published, tmp_path):
+def test_damaged_bytes_are_never_used(name, repo_id, published, tmp_path):
     if repo_id == 'someone/ours':
         base = dict(base='mobilenetv3_small_050')  # timm keeps the arguments of a model since 1.0.31
         ours = timm.create_model('pp_any', **base)
         save_for_hf(ours, tmp_path / 'ours', model_args=base, safe_serialization=True)
         published.host(repo_id, tmp_path / 'ours')
-    published.damage = offset
+    published.damage = -1
     for _ in range(2):  # the second time from the cache
         with pytest.raises(RuntimeError, match='is damaged: its SHA-256 is .*Delete the file and try again') as error:
             timm.create_model(name, pretrained=True)
