@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import torch
-from timm.models import PretrainedCfg, is_model, model_entrypoint
+from timm.models import PretrainedCfg, model_entrypoint
 
 from ..layers.push_pull import PushPullConv2d
 from ..registry import HubModel, find_weights, hub_configs, read_hub_models
@@ -43,8 +43,6 @@ def plain_cfgs(network: str, plain: str) -> dict[str, PretrainedCfg | dict[str, 
     Returns:
         timm's pretrained cfgs by ``network.tag``; ``*`` marks timm's default.
     """
-    if not is_model(plain):
-        return {}
     # timm's own table: the functions that timm offers copy each entry deeply, which costs the import of timm 20 ms.
     default_cfg = sys.modules[model_entrypoint(plain).__module__].default_cfgs[plain]
     cfgs: dict[str, PretrainedCfg | dict[str, Any]] = {}
