@@ -512,6 +512,11 @@ def test_the_class_map_of_the_training_names_the_classes(data, tmp_path, capsys)
     assert json.loads((folder / CONFIG).read_text())['label_names'] == CLASSES[::-1]
     arguments = 'export', tmp_path / 'last.pth.tar', '--name', TAG, '--output', tmp_path / 'hub', '--data-dir', data
     assert 'in another order than the images' in fails(capsys, *arguments)
+    shutil.copytree(data / 'val', tmp_path / 'renamed')
+    for name, other in zip(CLASSES, ('ant', 'bee'), strict=True):
+        (tmp_path / 'renamed' / name).rename(tmp_path / 'renamed' / other)
+    folder = export(tmp_path, tmp_path / 'hub', '--data-dir', str(tmp_path / 'renamed'))
+    assert json.loads((folder / CONFIG).read_text())['label_names'] == CLASSES[::-1]
 
 
 def test_damaged_weights_are_replaced(run, tmp_path):

@@ -100,7 +100,7 @@ def export_checkpoint(
         raise InputError(f'{checkpoint} has {model.num_classes} classes, the data {len(labels)}.')
     check_labels(str(checkpoint), of_training, labels)
 
-    label_config = _label_config(labels)
+    label_config = _label_config(of_training or labels)
     folder = output / name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=f'.{name}-') as unfinished:
