@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from ..errors import InputError
+from ..registry import HUB_ORG
 from .arguments import add_dataset_arguments, dataset_options
 
 
@@ -22,7 +23,12 @@ def add_to(commands: Any) -> None:
     )
     export.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint, beside the args.yaml of its run')
     export.add_argument('--name', required=True, help='ARCHITECTURE.TAG, such as pp_resnet18.pp3_in1k')
-    export.add_argument('--org', metavar='NAME', help='organisation or user on the Hub, for the model card')
+    export.add_argument(
+        '--org',
+        default=HUB_ORG,
+        metavar='NAME',
+        help='organisation or user on the Hub, for the model card (default: %(default)s)',
+    )
     export.add_argument(
         '--output', default='hub_configs', metavar='FOLDER', help='parent of the folder (default: %(default)s)'
     )
@@ -66,7 +72,6 @@ def run_export(args: argparse.Namespace) -> None:
     import torch
 
     from ..hub.export import export_checkpoint
-    from ..registry import HUB_ORG
     from ..robustness.inputs import open_dataset
 
     folder = export_checkpoint(
@@ -77,7 +82,7 @@ def run_export(args: argparse.Namespace) -> None:
         use_ema=args.use_ema,
         dtype=getattr(torch, args.dtype),
         dataset=open_dataset(**dataset_options(args)) if args.data_dir or args.dataset else None,
-        org=args.org or HUB_ORG,
+        org=args.org,
         workers=args.workers,
         progress=True,
     )
