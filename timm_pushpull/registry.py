@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from .autoload import warn
 from .errors import InputError
-from .fields import CHANNELS, COUNT, CROP_MODE, INTERPOLATION, MAPPING, POSITIVE, SIZE, check_fields, read_mapping
+from .fields import CHANNELS, COUNT, CROP_MODE, FLAG, INTERPOLATION, MAPPING, POSITIVE, SIZE, check_fields, read_mapping
 from .weights import WEIGHTS, fetch_weights, file_sha256
 
 __all__ = [
@@ -49,6 +49,8 @@ PRETRAINED_CFG = {
     'mean': CHANNELS,
     'std': CHANNELS,
     'num_classes': COUNT,
+    'custom_load': FLAG,
+    'fixed_input_size': FLAG,
 }
 PAPER = {  # pretrained_cfg fields of our weights
     'origin_url': 'https://github.com/bgswaroop/pushpull-conv',
