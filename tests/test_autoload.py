@@ -55,7 +55,7 @@ def test_any_module_may_be_imported_first():
     assert_runs(
         """
         import os, pkgutil, torch, timm_pushpull, warnings
-        import torchvision, huggingface_hub  # what timm imports then takes most of the time, and only once
+        import torchvision, huggingface_hub  # once, here: their import is most of that of timm
         warnings.simplefilter('error', UserWarning)
         names = []
         for package in ('augment', 'hub', 'layers', 'models', 'ops', 'robustness'):
