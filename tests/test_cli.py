@@ -13,6 +13,7 @@ from timm_pushpull.cli import main
 from timm_pushpull.demo import run_demo
 
 
+@pytest.mark.slow
 def test_demo_ends_with_a_report_and_does_nothing_twice(tmp_path, monkeypatch, capsys):
     for extra in ('sklearn', 'imagecorruptions', 'matplotlib'):
         pytest.importorskip(extra)

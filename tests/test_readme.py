@@ -77,6 +77,7 @@ def test_python_runs(hub, tmp_path):
     assert printed.startswith('tensor([[') and len(hub.downloads()) == 1
 
 
+@pytest.mark.slow
 def test_the_program_of_the_starts_runs(tmp_path):
     """The programs behind the table of timm's weights and the initial weights, on a few images, with random weights."""
     starts, starts_of_resnet18, program = blocks('hub_configs/README.md', 'python')
