@@ -162,31 +162,23 @@ def merge_protocol(folder: str | os.PathLike[str], protocol: Mapping[str, Any]) 
     merged = json.loads(json.dumps(protocol))  # lists for tuples, as in the file
     if (Path(folder) / 'protocol.json').exists():
         found = read_protocol(folder)
-        merged['models'] = {
-            **found['models'],
-            **{name: {**_training(found, name), **details} for name, details in merged['models'].items()},
+        known, models = found['models'], merged['models']
+        for name in known.keys() & models.keys():
+            if 'augmentation' in known[name]:
+                models[name].setdefault('augmentation', known[name]['augmentation'])
+        merged['models'] = known | models
+        # Of the models that the folder holds, and no new ones: all but the augmentation of the training, because equal
+        # weights are equal, wherever their options are kept.
+        compared = {
+            name: {**merged['models'][name], 'augmentation': details.get('augmentation')}
+            for name, details in known.items()
         }
-        # Compare the models that the folder holds, and no new ones.
-        comparable = {**merged, 'models': {name: merged['models'][name] for name in found['models']}}
-        for field, there, here in differences(_without_training(found), _without_training(comparable)):
+        for field, there, here in differences(found, {**merged, 'models': compared}):
             way = 'Give the model another label' if field.startswith('models.') else 'Name another folder'
             raise InputError(
                 f'{folder} holds results of another protocol: {field} is {there} there and {here} here. {way}.'
             )
     return merged
-
-
-def _training(protocol: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {field: value for field, value in protocol['models'].get(name, {}).items() if field == 'augmentation'}
-
-
-def _without_training(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the augmentation of the trainings: equal weights are equal, wherever their options are kept."""
-    models = {
-        name: {field: value for field, value in details.items() if field != 'augmentation'}
-        for name, details in protocol['models'].items()
-    }
-    return {**protocol, 'models': models}
 
 
 def differences(there: Any, here: Any, field: str = '') -> Iterator[tuple[str, Any, Any]]:
