@@ -1,4 +1,8 @@
-"""HTML of a report: tables, figures and notes."""
+"""HTML of a report: tables, figures and notes.
+
+Unless they say otherwise, the functions return HTML, and ``rows`` are rows of a summary or of its means over training
+runs.
+"""
 
 import base64
 import html
@@ -10,7 +14,7 @@ from .calibration import CALIBRATION
 from .examples import ExampleImage
 from .intervals import columns_of
 from .metrics import COMPARISONS, KINDS, MEASURES, display_name
-from .paired import CAVEAT, comparison_sentence, significance, tenths, thousandths
+from .paired import CAVEAT, comparison_sentence, significance, tenths
 from .runs import RUN_MEASURES
 from .shifts import SHIFT_MEASURES
 from .summary import baseline_row, corruptions_of, not_compared, view_differences
@@ -26,7 +30,6 @@ __all__ = [
     'folded',
     'lower_left_note',
     'measure_notes',
-    'measures_table',
     'pair_differences',
     'protocol_field',
     'protocol_sentence',
@@ -103,14 +106,7 @@ dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
 
 
 def document(sections: Iterable[str]) -> str:
-    """Return the whole page.
-
-    Args:
-        sections: HTML of its parts.
-
-    Returns:
-        HTML document that needs no other file.
-    """
+    """Return the whole page, which needs no other file, from the HTML of its parts."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Robustness to corruptions</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
@@ -119,15 +115,7 @@ def document(sections: Iterable[str]) -> str:
 
 
 def figure(png: bytes, caption: str) -> str:
-    """Return a figure with its caption.
-
-    Args:
-        png: PNG file.
-        caption: Text, which is also the alternative text of the image.
-
-    Returns:
-        HTML.
-    """
+    """Return a figure with its caption, which is also the alternative text of the image."""
     return f'<figure>{_image(png, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
@@ -136,15 +124,7 @@ def _image(png: bytes, words: str) -> str:
 
 
 def folded(title: str, sections: Iterable[str]) -> str:
-    """Return a part of the page that opens on a click.
-
-    Args:
-        title: Title of the part.
-        sections: HTML of the part.
-
-    Returns:
-        HTML.
-    """
+    """Return a part of the page that opens on a click on its title."""
     return f'<details><summary>{html.escape(title)}</summary>{"".join(sections)}</details>'
 
 
@@ -155,9 +135,6 @@ def table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], measures: Se
         rows: Rows of a summary, or rows with the same columns.
         labels: Columns without an interval, which come first.
         measures: Measures with an interval. A measure that no row has is left out.
-
-    Returns:
-        HTML.
     """
     measures = _known(rows, measures)
     heads = [name.replace('_', ' ') for name in (*labels, *measures)]
@@ -202,32 +179,13 @@ def _with_interval(row: Mapping[str, Any], measure: str) -> str:
     if row.get(measure, '') == '':
         return '–'
     value, low, high = (row[column] for column in columns_of(measure))
-    words = thousandths if measure.endswith(('NLL', 'Brier')) else tenths
+    words = '{:.3f}'.format if measure.endswith(('NLL', 'Brier')) else tenths
     interval = '' if '' in (low, high) else f'{words(low)} to {words(high)}'
     return f'{words(value)}<small>{interval}</small>'
 
 
-def measures_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of the measures.
-
-    Args:
-        rows: Rows of a summary.
-
-    Returns:
-        HTML.
-    """
-    return table(rows, ['model'], list(MEASURES))
-
-
 def measure_notes(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what limits the measures and their comparison, and the definition of each measure.
-
-    Args:
-        rows: Rows of a summary.
-
-    Returns:
-        HTML.
-    """
+    """Return what limits the measures and their comparison, and the definition of each measure."""
     notes = [f'Means over severities {severities}.'] if (severities := rows[0]['severities']) else []
     if any(row['plain_mCE'] == '' for row in rows):
         notes.append('A mean over corruptions needs all 15 corruptions at all these severities.')
@@ -245,9 +203,6 @@ def shifts_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         rows: What :func:`~timm_pushpull.robustness.shifts.shift_rows` returns, or their means over training runs.
-
-    Returns:
-        HTML.
     """
     over_runs = 'runs' in rows[0]
     labels = ['model', *(['runs'] if over_runs else []), 'shift', 'images', 'classes']
@@ -256,14 +211,7 @@ def shifts_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of the calibration, and what its columns hold.
-
-    Args:
-        rows: Rows of a summary, or of its means over training runs.
-
-    Returns:
-        HTML; '' if no row has a calibration.
-    """
+    """Return the table of the calibration, and what its columns hold; '' if no row has a calibration."""
     known = _known(rows, CALIBRATION)
     if not known:
         return ''
@@ -280,9 +228,6 @@ def runs_table(means: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
     Args:
         means: What :func:`~timm_pushpull.robustness.runs.means_over_runs` returns.
         rows: Rows of the summary.
-
-    Returns:
-        HTML.
     """
     # Comparisons with a single run of the baseline would depend on the luck of that run.
     comparisons = COMPARISONS if baseline_row(rows) is None else ()
@@ -306,9 +251,6 @@ def baseline_differences(differences: Sequence[Mapping[str, Any]], baseline: str
     Args:
         differences: What :func:`~timm_pushpull.robustness.runs.differences_from_baseline` returns.
         baseline: Name of the baseline.
-
-    Returns:
-        HTML.
     """
     note = (
         f'Points: the mean over the training runs of a model minus the mean over those of {html.escape(baseline)}. '
@@ -323,9 +265,6 @@ def pair_differences(differences: Sequence[Mapping[str, Any]]) -> str:
     Args:
         differences: What :func:`~timm_pushpull.robustness.runs.difference_of_means` returns for each pair, with its
             names as ``pair`` and its numbers of training runs as ``runs (from, to)``.
-
-    Returns:
-        HTML.
     """
     note = (
         'Points: the mean over the training runs of the second model minus the mean over those of the first. A single '
@@ -339,9 +278,6 @@ def checkpoint_differences(rows: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         rows: What :func:`~timm_pushpull.robustness.paired.paired_differences` returns.
-
-    Returns:
-        HTML.
     """
     sentences = ''.join(f'<p>{html.escape(sentence)}</p>' for row in rows if (sentence := comparison_sentence(row)))
     head = ''.join(f'<th>{html.escape(row["to"])} minus {html.escape(row["from"])}</th>' for row in rows)
@@ -372,14 +308,7 @@ def _display_name_of_measure(measure: str) -> str:
 
 
 def lower_left_note(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return how to read a plot of plain mCE against the clean error.
-
-    Args:
-        rows: Rows of the plot.
-
-    Returns:
-        Text.
-    """
+    """Return how to read a plot of plain mCE against the clean error of these rows, as text."""
     words = 'lower and further left is better.'
     if baseline_row(rows) is not None:
         words += (
@@ -392,15 +321,7 @@ def lower_left_note(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def corruption_table(rows: Sequence[Mapping[str, Any]], corruptions: Sequence[str]) -> str:
-    """Return the table of CE by corruption and model.
-
-    Args:
-        rows: Rows of a summary, or of its means over training runs.
-        corruptions: Names of the corruptions.
-
-    Returns:
-        HTML.
-    """
+    """Return the table of CE by corruption and model."""
     lines = [
         [
             _cell(display_name(name)),
@@ -420,9 +341,6 @@ def example_strips(examples: Sequence[ExampleImage], name_models: bool) -> str:
     Args:
         examples: The images.
         name_models: Put the name of the model before its prediction.
-
-    Returns:
-        HTML.
     """
     strips = []
     for image in examples:
@@ -440,14 +358,7 @@ def example_strips(examples: Sequence[ExampleImage], name_models: bool) -> str:
 
 
 def protocol_sentence(protocol: Mapping[str, Any]) -> str:
-    """Return the main facts of a protocol.
-
-    Args:
-        protocol: Content of ``protocol.json``.
-
-    Returns:
-        Text.
-    """
+    """Return the main facts of a protocol, as text."""
     data, corruptions = protocol['data'], protocol['corruptions']
     if 'generated_by' in corruptions:
         source = (
@@ -471,14 +382,7 @@ def protocol_sentence(protocol: Mapping[str, Any]) -> str:
 
 
 def protocol_table(protocol: Mapping[str, Any]) -> str:
-    """Return the whole protocol: the fields that all models share, then one column for each model.
-
-    Args:
-        protocol: Content of ``protocol.json``.
-
-    Returns:
-        HTML.
-    """
+    """Return the whole protocol: the fields that all models share, then one column for each model."""
     shared = _flat({key: value for key, value in protocol.items() if key != 'models'})
     models = {name: _flat(details) for name, details in protocol['models'].items()}
     fields = dict.fromkeys(field for details in models.values() for field in details)
@@ -519,14 +423,7 @@ PROTOCOL_FIELDS = {
 
 
 def protocol_field(field: str) -> str:
-    """Return what a field of a protocol holds, in words.
-
-    Args:
-        field: Keys that lead to the field, with dots between them.
-
-    Returns:
-        Text.
-    """
+    """Return what a field of a protocol holds, in words; dots join the keys that lead to the field."""
     part, _, key = field.rpartition('.')
     words = {
         'model_args': f'argument {key}',

@@ -24,7 +24,6 @@ __all__ = [
     'read_comparisons',
     'significance',
     'tenths',
-    'thousandths',
 ]
 
 CAVEAT = 'This compares single checkpoints: other training runs may differ.'
@@ -156,18 +155,6 @@ def tenths(number: float) -> str:
         Number with one decimal.
     """
     return f'{round(number, 1) + 0.0:.1f}'  # 0.0 for -0.0
-
-
-def thousandths(number: float) -> str:
-    """Return a likelihood or a Brier score as pages show it.
-
-    Args:
-        number: Nats, or a score.
-
-    Returns:
-        Number with three decimals.
-    """
-    return f'{number:.3f}'
 
 
 def read_comparisons(folder: str | os.PathLike[str]) -> list[str]:

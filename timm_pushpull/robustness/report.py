@@ -16,7 +16,7 @@ from . import page, plots
 from .examples import read_examples
 from .fairness import unfair_comparisons
 from .intervals import columns_of
-from .metrics import COMPARISONS
+from .metrics import COMPARISONS, MEASURES
 from .paired import checkpoint_pairs, paired_differences, significance
 from .runs import (
     Runs,
@@ -238,7 +238,7 @@ def _tables_and_plots(
     if means:
         sections += ['<h2>Over training runs</h2>', page.runs_table(means, rows), page.measure_notes(rows)]
     else:
-        sections += ['<h2>Measures</h2>', page.measures_table(rows), page.measure_notes(rows)]
+        sections += ['<h2>Measures</h2>', page.table(rows, ['model'], [*MEASURES]), page.measure_notes(rows)]
     if shifts:
         sections += ['<h2>Natural shifts</h2>', page.shifts_table(shown_shifts)]
     baseline = rows[0]['baseline']
@@ -257,7 +257,7 @@ def _tables_and_plots(
     corruptions = plots.measured_corruptions(rows)
     sections.append(page.corruption_table(shown, corruptions))
     if means:
-        tables = [page.measures_table(rows), *([page.shifts_table(shifts)] if shifts else [])]
+        tables = [page.table(rows, ['model'], [*MEASURES]), *([page.shifts_table(shifts)] if shifts else [])]
         tables.append(page.corruption_table(rows, corruptions))
         return [*sections, page.folded(f'The {len(rows)} single training runs', [*tables, *strips])]
     return [*sections, '<h2>Images and predictions</h2>', *strips] if strips else sections
