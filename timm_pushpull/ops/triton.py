@@ -35,19 +35,7 @@ def push_pull(
     geometry: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute the operator ``timm_pushpull::push_pull_conv2d`` on a GPU.
-
-    Args:
-        input: Images or feature maps (N, C, H, W).
-        weight: Push kernels (O, C / groups, kh, kw).
-        c: Offsets of the pull kernels (O,), float64.
-        alpha: Inhibition strength (O,), of the data type of the arithmetic.
-        geometry: Stride, padding and dilation, two numbers each, groups and averaging window.
-        dtype: Data type of the response.
-
-    Returns:
-        Response (N, O, H', W').
-    """
+    """Compute the operator of :func:`timm_pushpull.ops.chunked.push_pull` on a GPU."""
     with torch.cuda.device_of(input), torch.autocast('cuda', enabled=False):  # Triton runs on the current GPU
         responses = _Responses(input, weight, c, alpha, geometry, dtype)
         output = torch.empty_like(responses.centred, dtype=dtype)
@@ -64,20 +52,7 @@ def push_pull_backward(
     geometry: Sequence[int],
     needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the operator ``timm_pushpull::push_pull_conv2d_backward`` on a GPU.
-
-    Args:
-        grad_output: Gradient of the response (N, O, H', W').
-        input: Images or feature maps (N, C, H, W).
-        weight: Push kernels (O, C / groups, kh, kw).
-        c: Offsets of the pull kernels (O,), float64.
-        alpha: Inhibition strength (O,), of the data type of the arithmetic.
-        geometry: Stride, padding and dilation, two numbers each, groups and averaging window.
-        needs_input: Compute the gradient of the input too.
-
-    Returns:
-        Gradients of input (empty where it is not needed), weight, c and alpha.
-    """
+    """Compute the operator of :func:`timm_pushpull.ops.chunked.push_pull_backward` on a GPU."""
     with torch.cuda.device_of(input), torch.autocast('cuda', enabled=False):
         responses = _Responses(input, weight, c, alpha, geometry, grad_output.dtype)
         grad_output = grad_output.contiguous(memory_format=responses.memory_format)
