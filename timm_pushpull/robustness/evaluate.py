@@ -30,7 +30,7 @@ from .data import DatasetImages, StoredArrays, StoredFolders, stratified_indices
 from .labels import find_model_classes, find_right_classes, read_real_labels, read_valid_labels
 from .metrics import CLEAN, SEVERITIES, TEST_CORRUPTIONS
 from .protocol import describe_corruptions, describe_images, describe_models, versions
-from .shifts import write_shifts
+from .shifts import shift_rows
 from .store import (
     PREDICTION,
     TOP,
@@ -41,6 +41,7 @@ from .store import (
     merge_protocol,
     predictions_path,
     shifted_folder,
+    write_csv,
     write_images,
     write_predictions,
     write_protocol,
@@ -205,7 +206,7 @@ def evaluate_robustness(
         return []
     with lock(folder):
         if shifted:
-            write_shifts(folder)
+            write_csv(folder / 'shifted.csv', shift_rows(folder))
             for images in sets[1:]:
                 write_summary(images.folder)
         write_timm_tables(folder)

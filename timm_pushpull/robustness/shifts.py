@@ -9,9 +9,9 @@ import numpy as np
 from .classes import same_classes
 from .intervals import interval_columns, resampled_errors
 from .metrics import CLEAN
-from .store import TOP, UNREADABLE, find_shifted, read_classes, read_predictions, read_protocol, write_csv
+from .store import TOP, UNREADABLE, find_shifted, read_classes, read_predictions, read_protocol
 
-__all__ = ['SHIFT_MEASURES', 'clean_name', 'find_clean', 'shift_rows', 'write_shifts']
+__all__ = ['SHIFT_MEASURES', 'clean_name', 'find_clean', 'shift_rows']
 
 SHIFT_MEASURES = {
     'top1_err': 'top-1 error on the shifted images, %',
@@ -83,12 +83,3 @@ def clean_name(shift: str) -> str:
 def _errors(ranks: np.ndarray, seed: int) -> np.ndarray:
     """Return the top-1 and the top-5 error (1 + 1000, 2) in percent, on the images and on each resample."""
     return 100 * resampled_errors(np.stack([ranks, ranks], 1), (1, TOP), seed)
-
-
-def write_shifts(folder: str | os.PathLike[str]) -> None:
-    """Write ``shifted.csv`` from the predictions.
-
-    Args:
-        folder: Results folder.
-    """
-    write_csv(Path(folder) / 'shifted.csv', shift_rows(folder))
