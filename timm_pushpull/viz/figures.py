@@ -157,16 +157,11 @@ def _kernels(weight: Tensor, pull: Tensor) -> _Drawn:
     return figure, ('filter', 'kernel', 'channel', 'row', 'column', 'value'), rows
 
 
-def _reach(weight: Tensor, dilation: tuple[int, int], avg_pool_size: int) -> int:
-    """Return the largest distance at which a pixel changes the averaged pull response, in pixels."""
-    return max(size * step for size, step in zip(weight.shape[2:], dilation, strict=True)) // 2 + avg_pool_size // 2
-
-
 def _edge(
     weight: Tensor, alpha: Tensor, dilation: tuple[int, int], avg_pool_size: int, pull_kernel: PullKernel, seed: int
 ) -> _Drawn:
-    # The image is larger than its measured part, because zero padding would make an edge of its own.
-    margin = _reach(weight, dilation, avg_pool_size)
+    # Kernel and window reach beyond the measured part: zero padding inside it would make an edge of its own.
+    margin = max(side * step for side, step in zip(weight.shape[2:], dilation, strict=True)) // 2 + avg_pool_size // 2
     size = IMAGE_SIZE + 2 * margin
     first = (size - EDGE_WIDTH) // 2
     on_edge = torch.zeros(size, dtype=torch.bool, device='cpu')
