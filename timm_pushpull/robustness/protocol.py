@@ -89,8 +89,9 @@ def describe_models(
     Returns:
         Field ``models`` of the protocol.
     """
-    return {
-        name: {
+    described: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        described[name] = {
             'architecture': (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'),
             # The arguments of create_model, which timm keeps since 1.0.31.
             'model_args': {
@@ -103,27 +104,13 @@ def describe_models(
             'modules_sha256': hash_modules(model),
             'precision': str(amp_dtype or torch.float32).removeprefix('torch.'),
             'device': torch.device(device).type,
-            **_describe_labels(valid_labels[name], model),
-            **_describe_training(model),
         }
-        for name, model in models.items()
-    }
-
-
-def _describe_labels(valid_labels: Sequence[int] | None, model: Any) -> dict[str, Any]:
-    """Describe the restriction of predictions; without one there is no field."""
-    if valid_labels is None:
-        return {}
-    return {
-        'predicts_among': f'{len(valid_labels)} of {model.num_classes} classes',
-        'valid_labels_sha256': _sha256(' '.join(map(str, valid_labels))),
-    }
-
-
-def _describe_training(model: Any) -> dict[str, Any]:
-    """Describe the augmentation of the training, where the checkpoint says it."""
-    augmentation = getattr(model, 'training_augmentation', {})
-    return {'augmentation': augmentation} if augmentation else {}
+        if (labels := valid_labels[name]) is not None:
+            described[name]['predicts_among'] = f'{len(labels)} of {model.num_classes} classes'
+            described[name]['valid_labels_sha256'] = _sha256(' '.join(map(str, labels)))
+        if augmentation := getattr(model, 'training_augmentation', {}):
+            described[name]['augmentation'] = augmentation
+    return described
 
 
 def versions() -> dict[str, str | None]:
