@@ -20,7 +20,7 @@ __all__ = ['augmentation_of', 'label_names_of', 'model_args_of', 'read_training_
 AUGMENTATION = 'aa color_jitter color_jitter_prob gaussian_blur_prob grayscale_prob no_aug reprob'.split()
 
 
-def read_training_options(path: str | os.PathLike[str], use_ema: bool = False) -> dict[str, Any]:
+def read_training_options(path: str | os.PathLike[str], use_ema: bool) -> dict[str, Any]:
     """Read the options of the training from a checkpoint, without running anything that the file holds.
 
     Args:

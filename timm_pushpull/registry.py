@@ -177,7 +177,7 @@ def read_checksum(folder: str | os.PathLike[str]) -> str | None:
     return words[0]
 
 
-def find_weights(model: HubModel, cache_dir: str | os.PathLike[str] | None = None) -> str:
+def find_weights(model: HubModel, cache_dir: str | os.PathLike[str] | None) -> str:
     """Find the weights of a model: beside its description, in the cache, or on the Hub.
 
     Args:

@@ -31,10 +31,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def fetch_weights(
-    hub_id: str,
-    filename: str | None = None,
-    sha256: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    hub_id: str, filename: str | None, sha256: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> str:
     """Fetch weights from the cache, or from the Hub if the cache does not have them.
 

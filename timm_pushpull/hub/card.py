@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..layers.push_pull import PushPullConv2d
 from ..models.pushpull_resnet import PushPullResNet
-from ..registry import CHECKSUM, HUB_ORG, RECIPE, hub_configs
+from ..registry import CHECKSUM, RECIPE, hub_configs
 from ..robustness.intervals import columns_of
 from ..robustness.metrics import MEASURES, TEST_CORRUPTIONS, display_name
 from ..robustness.page import protocol_sentence
@@ -79,11 +79,11 @@ def model_card(
     model: nn.Module,
     model_args: Mapping[str, Any],
     weights: str,
-    seed: int | None = None,
-    label_config: Mapping[str, Any] | None = None,
-    org: str = HUB_ORG,
-    rounding: Rounding | None = None,
-    evaluation: Evaluation | None = None,
+    seed: int | None,
+    label_config: Mapping[str, Any],
+    org: str,
+    rounding: Rounding | None,
+    evaluation: Evaluation | None,
 ) -> ModelCard:
     """Write the card of a model.
 
@@ -131,7 +131,7 @@ def model_card(
         f'- **Trained on:** {f"{dataset}, " if dataset else ""}{model.num_classes:,} classes\n'
         '- **Paper:** PushPull-Net, https://arxiv.org/abs/2408.04077',
         *_results(name, reference, evaluation, rounding, seed, weights),
-        _usage(name, reference, label_config or {}, model.num_classes),
+        _usage(name, reference, label_config, model.num_classes),
         REPRODUCTION,
         f'## Licence\n{cfg["license"]}. The licence of the training images may add conditions.',
         f'## Citation\n{CITATION}',

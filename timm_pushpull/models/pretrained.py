@@ -53,7 +53,7 @@ def plain_cfgs(network: str, plain: str) -> dict[str, PretrainedCfg | dict[str, 
     return cfgs
 
 
-def locate_weights(cfg: PretrainedCfg, hub_model: HubModel | None = None, cache_dir: Any = None) -> dict[str, Any]:
+def locate_weights(cfg: PretrainedCfg, hub_model: HubModel | None, cache_dir: Any) -> dict[str, Any]:
     """Find the weights that timm would download from the Hub, and verify them.
 
     Args:

@@ -124,7 +124,7 @@ def find_right_classes(
     real_labels: Sequence[Sequence[int]],
     images: Sequence[str],
     classes: Sequence[str],
-    valid_labels: Sequence[int] | None = None,
+    valid_labels: Sequence[int] | None,
 ) -> list[list[int]]:
     """Translate ImageNet's reassessed labels into the classes of images.
 

@@ -46,7 +46,7 @@ def describe_images(
     images: DatasetImages | StoredFolders | StoredArrays,
     indices: Sequence[int],
     has_clean: bool,
-    real_labels: str | os.PathLike[str] | None = None,
+    real_labels: str | os.PathLike[str] | None,
 ) -> dict[str, Any]:
     """Describe the images.
 
