@@ -35,14 +35,7 @@ def new_figure(height: float) -> 'Figure':
 
 
 def to_png(figure: 'Figure') -> bytes:
-    """Draw a figure as a PNG. The same figure gives the same bytes.
-
-    Args:
-        figure: The figure.
-
-    Returns:
-        PNG file, 1,000 pixels wide.
-    """
+    """Draw a figure as a PNG, 1,000 pixels wide. The same figure gives the same bytes."""
     content = io.BytesIO()
     figure.savefig(content, format='png', dpi=200, facecolor='white', metadata={'Software': None})
     return content.getvalue()

@@ -15,14 +15,7 @@ WEIGHTS, PICKLE = 'model.safetensors', 'pytorch_model.bin'
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Compute the checksum of a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
+    """Compute the SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while chunk := file.read(1 << 20):

@@ -97,12 +97,7 @@ def compare(
 
 
 def write_comparisons(path: str | os.PathLike[str], comparisons: Sequence[Comparison]) -> None:
-    """Write comparisons as CSV.
-
-    Args:
-        path: Path of the file.
-        comparisons: Comparisons, one for each line.
-    """
+    """Write comparisons as CSV, one for each line."""
     rows = ([f'{value:.4f}' if isinstance(value, float) else value for value in row] for row in comparisons)
     write_table(path, Comparison._fields, rows)
 
@@ -116,15 +111,7 @@ def check_device(device: str | torch.device) -> None:
 
 
 def seconds(work: Callable[[], Any], device: str | torch.device) -> float:
-    """Time one call, until the device has finished its work.
-
-    Args:
-        work: Call to time.
-        device: Device of the call.
-
-    Returns:
-        Seconds.
-    """
+    """Time one call, until the device has finished its work, in seconds."""
     start = time.perf_counter()
     work()
     if torch.device(device).type == 'cuda':

@@ -25,12 +25,9 @@ def normalize_contrast(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]
 
 
 def add_contrast_norm(layer: nn.Module) -> None:
-    """Put :func:`normalize_contrast` before a layer, wherever the layer is called.
+    """Put :func:`normalize_contrast` before the first layer of a network, wherever the layer is called.
 
     A hook, not a module: timm's feature extractors call the layers of a ResNet one by one, and a module would change
     the names in checkpoints.
-
-    Args:
-        layer: First layer of a network.
     """
     layer.register_forward_pre_hook(normalize_contrast)  # type: ignore[arg-type]

@@ -10,12 +10,6 @@ __all__ = ['check_arguments']
 def check_arguments(push_pull: Any, contrast_norm: Any, augment: Any, augment_splits: Any) -> None:
     """Refuse values of another type: ``'False'``, as a command line may give it, would count as true.
 
-    Args:
-        push_pull: Use the push-pull unit.
-        contrast_norm: Normalize the contrast of each image.
-        augment: Augmentation in training.
-        augment_splits: Number of splits of a batch, whose first the augmentation leaves clean.
-
     Raises:
         ValueError: If one of the first two is not a bool, if there is no such augmentation, or if it is missing.
     """

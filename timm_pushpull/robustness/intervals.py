@@ -88,12 +88,5 @@ def columns_of(measure: str) -> tuple[str, str, str]:
 
 
 def rounded(number: float | None) -> float | str:
-    """Round a number for a table.
-
-    Args:
-        number: The number, or None.
-
-    Returns:
-        The number with three decimals; '' for None and for an infinite number.
-    """
+    """Round a number to three decimals; '' for None and for an infinite number."""
     return '' if number is None or not np.isfinite(number) else round(float(number), 3)

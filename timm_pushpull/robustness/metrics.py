@@ -188,14 +188,7 @@ def net_error_reduction(clean_error: float, mce: float, baseline_clean_error: fl
 
 
 def display_name(corruption: str) -> str:
-    """Return the name of a corruption as figures and tables show it.
-
-    Args:
-        corruption: Name of the corruption, such as ``'jpeg_compression'``.
-
-    Returns:
-        Name without underscores, such as ``'JPEG'``.
-    """
+    """Return the name of a corruption as figures and tables show it: without underscores, such as ``'JPEG'``."""
     return {'jpeg_compression': 'JPEG', 'elastic_transform': 'elastic'}.get(corruption, corruption.replace('_', ' '))
 
 

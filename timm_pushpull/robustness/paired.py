@@ -146,14 +146,7 @@ def comparison_sentence(row: Mapping[str, Any]) -> str:
 
 
 def tenths(number: float) -> str:
-    """Return a measure as pages and sentences show it.
-
-    Args:
-        number: Percentage or points.
-
-    Returns:
-        Number with one decimal.
-    """
+    """Return a percentage or points with one decimal, as pages and sentences show them."""
     return f'{round(number, 1) + 0.0:.1f}'  # 0.0 for -0.0
 
 

@@ -162,14 +162,7 @@ def _label_error_axis(axes: 'Axes') -> None:
 
 
 def measured_corruptions(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name the corruptions for which some row has a CE.
-
-    Args:
-        rows: Rows of a summary.
-
-    Returns:
-        Names, the test corruptions first, those that ImageNet-C lacks last.
-    """
+    """Name the corruptions for which some row has a CE: test corruptions first, those that ImageNet-C lacks last."""
     names = dict.fromkeys([*(name for kind in KINDS.values() for name in kind), *corruptions_of(rows)])
     return [name for name in names if any(row.get(f'CE_{name}', '') != '' for row in rows)]
 

@@ -130,27 +130,14 @@ def _version(package: str) -> str | None:
 
 
 def hash_modules(model: nn.Module) -> str:
-    """Compute a checksum of the modules of a model and their settings, from the text that PyTorch prints.
-
-    Args:
-        model: The model.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
+    """Compute a SHA-256 of the modules of a model and their settings, from the text that PyTorch prints."""
     return _sha256(re.sub(' at 0x[0-9a-f]+', '', str(model)))  # functions print their address
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Compute a checksum of the weights and buffers of a model: names, data types, shapes and values.
+    """Compute a SHA-256 of the weights and buffers of a model: names, data types, shapes and values.
 
     The settings in the state dict are not among them: :func:`hash_modules` has them.
-
-    Args:
-        model: The model.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
     """
     digest = hashlib.sha256()
     weights = {name: tensor for name, tensor in model.state_dict().items() if not is_settings(name)}

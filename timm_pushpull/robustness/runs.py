@@ -35,11 +35,7 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 def group_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Group the rows of a summary by model.
 
-    Args:
-        rows: Rows of a summary.
-
-    Returns:
-        Training runs of each model, with the mean CE of each kind of corruption ('' where a CE is missing).
+    Each row gets the mean CE of each kind of corruption, '' where a CE is missing.
     """
     models: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

@@ -137,12 +137,7 @@ def read_protocol(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_protocol(folder: str | os.PathLike[str], protocol: Mapping[str, Any]) -> None:
-    """Write ``protocol.json``.
-
-    Args:
-        folder: Results folder, made if it does not exist.
-        protocol: Content of the file.
-    """
+    """Write ``protocol.json`` into a results folder, made if it does not exist."""
     atomic_write(Path(folder) / 'protocol.json', (json.dumps(protocol, indent=2) + '\n').encode())
 
 
@@ -392,14 +387,7 @@ def _read_array(path: Path, images: int, classes: int, **_: Any) -> np.ndarray:
 
 
 def readable_ranks(predictions: np.ndarray) -> np.ndarray:
-    """Select the ranks of the images that could be read.
-
-    Args:
-        predictions: Array of type ``PREDICTION``.
-
-    Returns:
-        Rank of the right class, 0 to 5, for each image that could be read.
-    """
+    """Return the rank of the right class, 0 to 5, for each image that could be read."""
     return predictions['rank'][predictions['rank'] != UNREADABLE]
 
 

@@ -80,27 +80,13 @@ def measures_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def corruptions_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name the corruptions of the CE columns of some rows.
-
-    Args:
-        rows: Rows of a summary.
-
-    Returns:
-        Names, in the order of the columns.
-    """
+    """Name the corruptions of the CE columns of some rows of a summary, in their order."""
     columns = dict.fromkeys(column for row in rows for column in row if not column.endswith(ENDS))
     return [column.removeprefix('CE_') for column in columns if column.startswith('CE_')]
 
 
 def model_of(name: str) -> str:
-    """Name the model of a training run.
-
-    Args:
-        name: ``MODEL@RUN`` for one of several training runs, otherwise ``MODEL``.
-
-    Returns:
-        ``MODEL``.
-    """
+    """Return ``MODEL`` for the training run ``MODEL@RUN``, and any other name as it is."""
     return name.rpartition('@')[0] or name
 
 
@@ -154,11 +140,7 @@ def _same_run(baseline: str, model: str) -> str:
 
 
 def write_errors(folder: str | os.PathLike[str]) -> None:
-    """Write ``errors.csv`` from the predictions.
-
-    Args:
-        folder: Results folder.
-    """
+    """Write ``errors.csv`` of a results folder from its predictions."""
     rows = []
     for name, passes in sorted(read_predictions(folder).items()):
         for (corruption, severity), predictions in sorted(passes.items()):
@@ -318,26 +300,12 @@ def summarize(
 
 
 def severities_of(predictions: Predictions) -> list[int]:
-    """Name the severities over which CE is a mean.
-
-    Args:
-        predictions: Predictions of all models.
-
-    Returns:
-        Severities in the predictions, in order.
-    """
+    """Return the severities over which CE is a mean: those in the predictions of all models, in order."""
     return sorted({severity for passes in predictions.values() for _, severity in passes if severity})
 
 
 def other_corruptions(predictions: Predictions) -> list[str]:
-    """Name the corruptions that ImageNet-C lacks.
-
-    Args:
-        predictions: Predictions of all models.
-
-    Returns:
-        Names, in alphabetical order.
-    """
+    """Name the corruptions in the predictions that ImageNet-C lacks, in alphabetical order."""
     measured = {corruption for passes in predictions.values() for corruption, _ in passes}
     return sorted(measured - {CLEAN, *TEST_CORRUPTIONS, *HELD_OUT_CORRUPTIONS})
 
@@ -362,14 +330,7 @@ def resampled_measures(
 
 
 def view_differences(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say how the models see the images, if they do not all see them in the same way.
-
-    Args:
-        rows: Rows of a summary.
-
-    Returns:
-        A sentence with sizes, crops and interpolations, or ''.
-    """
+    """Say how the models see the images: size, crop and interpolation; '' if all rows of a summary have the same."""
     views = {f'{row["img_size"]} pixels, crop {row["crop_pct"]}, {row["interpolation"]}' for row in rows}
     return f'The models see the images in different ways: {"; ".join(sorted(views))}.' if len(views) > 1 else ''
 
