@@ -148,16 +148,10 @@ class PushPullConv2d(nn.Conv2d):
         Args:
             conv: Convolution; the new layer shares its parameters. timm's convolutions with TensorFlow's padding keep
                 that padding.
-            avg_pool_size: Side of the averaging window, an odd number of output pixels, or 0.
-            alpha: Inhibition strength, or the initial value of a trainable one; None to draw from [0, 1).
-            trainable_alpha: Train one alpha for each output channel.
-            pull_kernel: ``'inverted'`` or ``'negated'``.
+            avg_pool_size, alpha, trainable_alpha, pull_kernel: See :class:`PushPullConv2d`.
 
         Returns:
             The layer, with the parameters, hooks and training mode of ``conv``.
-
-        Raises:
-            ValueError: If a setting is refused by :class:`PushPullConv2d`.
         """
         layer = cls(
             conv.in_channels,

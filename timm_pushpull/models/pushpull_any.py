@@ -101,17 +101,8 @@ def create_push_pull(
             of a cfg without ``first_conv`` replace those of the base.
         pretrained_cfg_overlay: Fields that replace fields of the cfg.
         cache_dir: Cache of the downloads.
-        push_pull: False keeps the plain convolution, for a baseline.
-        avg_pool_size: Side of the window that averages the pull response, an odd number of output pixels; 0 for no
-            averaging.
-        alpha: Inhibition strength, one number. For a trainable alpha its initial value, one number or one for each
-            output channel; None draws it uniformly from [0, 1), or takes 0.5 where timm's weights are loaded.
-        trainable_alpha: Train one alpha for each output channel; False keeps the given number.
-        pull_kernel: 'inverted' for the paper's kernel, or 'negated', see :func:`~timm_pushpull.push_pull_conv2d`.
-        contrast_norm: Give each image mean 0 and standard deviation 1 before the first convolution.
-        augment: 'prime' augments each batch with :class:`~timm_pushpull.PRIME` in training mode, with the settings for
-            ImageNet; None for no augmentation.
-        augment_splits: Number of ``train.py --aug-splits``, whose first split ``augment`` leaves clean; 1 without it.
+        push_pull, avg_pool_size, alpha, trainable_alpha, pull_kernel: See :class:`~timm_pushpull.PushPullResNet`.
+        contrast_norm, augment, augment_splits: As there; 'prime' has the settings for ImageNet.
         **kwargs: Other arguments of timm's network (``num_classes``, ``in_chans``, ``features_only``, ...).
 
     Returns:

@@ -62,11 +62,7 @@ def push_pull_backward(
 
     Args:
         grad_output: Gradient of the response (N, O, H', W').
-        input: Images or feature maps (N, C, H, W).
-        weight: Push kernels (O, C / groups, kh, kw).
-        c: Offsets of the pull kernels (O,), float64.
-        alpha: Inhibition strength (O,), of the data type of the arithmetic.
-        geometry: Stride, padding and dilation, two numbers each, groups and averaging window.
+        input, weight, c, alpha, geometry: See :func:`push_pull`.
         needs_input: Compute the gradient of the input too.
 
     Returns:

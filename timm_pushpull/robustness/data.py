@@ -237,16 +237,7 @@ class StoredArrays:
         self.notes: list[str] = []
 
     def image(self, corruption: str, severity: int, index: int) -> Image.Image:
-        """Read one image.
-
-        Args:
-            corruption: Name of the corruption.
-            severity: Severity, 1 to 5.
-            index: Index of the image, from 0.
-
-        Returns:
-            RGB image.
-        """
+        """Read one image, with the arguments of :meth:`StoredFolders.image`."""
         return Image.fromarray(self._array(corruption)[(severity - 1) * len(self.targets) + index])
 
     def _path(self, name: str) -> Path:

@@ -402,17 +402,7 @@ class Example(NamedTuple):
 
 
 def example_path(folder: str | os.PathLike[str], corruption: str, severity: int, row: int) -> Path:
-    """Name the file of an example.
-
-    Args:
-        folder: Results folder.
-        corruption: Name of the corruption, or ``'clean'``.
-        severity: 1 to 5, or 0 for clean images.
-        row: Row of the image in ``images.csv``, from 0.
-
-    Returns:
-        Path of the file, which may not exist yet.
-    """
+    """Name the file of an example, which may not exist yet, by the row of its image in ``images.csv``, from 0."""
     return Path(folder) / 'examples' / f'{corruption}-{severity}-{row}.png'
 
 
