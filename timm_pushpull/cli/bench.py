@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
     prime = benches.add_parser('prime', help='PRIME compared with its plain formulation')
     prime.add_argument('--preset', default='imagenet', metavar='NAME', help='imagenet or cifar (default: %(default)s)')
     prime.set_defaults(run=run_prime)
-    bench.set_defaults(run=run, **dict.fromkeys(('networks', 'img_size', 'output', 'batch_size', 'rounds', 'device')))
+    bench.set_defaults(run=run, output=None)
     for parser in (bench, networks, prime):
         # SUPPRESS, because a default would replace what was given before WHAT.
         option = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
@@ -50,7 +50,7 @@ def run_prime(args: argparse.Namespace) -> None:
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+    return {name: getattr(args, name) for name in names if name in args}
 
 
 def _compare_networks(args: argparse.Namespace, amp: bool, torchcompile: bool) -> Iterator[Any]:
