@@ -240,9 +240,16 @@ def test_a_checkpoint_of_another_network_is_refused(source, kwargs, keys, num_cl
 
 
 def test_a_checkpoint_of_other_code_is_refused(tmp_path):
-    torch.save({'state_dict': timm.create_model('resnet18').state_dict()}, tmp_path / 'other.ckpt')
-    with pytest.raises(ValueError, match='lacks state_dict or hyper_parameters'):
-        read_original_checkpoint(tmp_path / 'other.ckpt')
+    of_timm, settings = timm.create_model('resnet18').state_dict(), datetime.timedelta(days=2)
+    for other in (
+        of_timm,
+        {'state_dict': of_timm},
+        dict(state_dict=[1], hyper_parameters={}),
+        dict(state_dict={}, hyper_parameters=settings),
+    ):
+        torch.save(other, tmp_path / 'other.ckpt')
+        with pytest.raises(ValueError, match='lacks state_dict or hyper_parameters'):
+            read_original_checkpoint(tmp_path / 'other.ckpt')
     torch.save({'state_dict': {}, 'hyper_parameters': {}}, tmp_path / 'other.ckpt')
     with pytest.raises(ValueError, match='is not a ResNet of the original code'):
         read_original_checkpoint(tmp_path / 'other.ckpt')

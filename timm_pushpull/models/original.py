@@ -120,9 +120,10 @@ def read_original_checkpoint(path: str) -> OriginalCheckpoint:
             f'{path} cannot be read without running code that it names: {", ".join(left_out)}. If you trust its '
             'source, load it with weights_only=False, and save its state_dict and plain hyper_parameters in a new file.'
         ) from error
-    if not isinstance(checkpoint, dict) or not {'state_dict', 'hyper_parameters'} <= checkpoint.keys():
+    parts = ('hyper_parameters', 'state_dict')
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
         raise InputError(f'{path} is not a checkpoint of the original code: it lacks state_dict or hyper_parameters.')
-    settings, state_dict = checkpoint['hyper_parameters'], checkpoint['state_dict']
+    settings, state_dict = (checkpoint[part] for part in parts)
     if not {'conv1.bias', 'bn.running_mean', 'classifier.weight'} <= state_dict.keys() or 'model' not in settings:
         raise InputError(
             f'{path} is not a ResNet of the original code: it lacks conv1.bias, bn.running_mean, classifier.weight '
