@@ -250,6 +250,25 @@ def test_a_checkpoint_of_other_code_is_refused(tmp_path):
         torch.save(other, tmp_path / 'other.ckpt')
         with pytest.raises(ValueError, match='lacks state_dict or hyper_parameters'):
             read_original_checkpoint(tmp_path / 'other.ckpt')
-    torch.save({'state_dict': {}, 'hyper_parameters': {}}, tmp_path / 'other.ckpt')
-    with pytest.raises(ValueError, match='is not a ResNet of the original code'):
-        read_original_checkpoint(tmp_path / 'other.ckpt')
+
+
+@pytest.mark.parametrize(
+    'part, name',
+    [
+        ('state_dict', 'conv1.bias'),
+        ('state_dict', 'conv1.weight'),
+        ('state_dict', 'bn.running_mean'),
+        ('state_dict', 'classifier.weight'),
+        ('hyper_parameters', 'model'),
+        ('hyper_parameters', 'avg_kernel_size'),
+        ('hyper_parameters', 'pull_inhibition_strength'),
+    ],
+)
+def test_a_checkpoint_without_what_is_needed_is_refused(part, name, tmp_path):
+    stem = nn.Conv2d(3, 64, 7, stride=2, padding=3) if name == 'conv1.weight' else OriginalUnit(3, alpha=0.5)
+    save_original(stem, tmp_path / 'file.ckpt', avg_kernel_size=3, pull_inhibition_strength=0.5)
+    checkpoint = torch.load(tmp_path / 'file.ckpt', weights_only=True)
+    del checkpoint[part][name]
+    torch.save(checkpoint, tmp_path / 'file.ckpt')
+    with pytest.raises(ValueError, match=f'is not a ResNet of the original code: it lacks [^,]*{name}[^,]*$'):
+        read_original_checkpoint(tmp_path / 'file.ckpt')

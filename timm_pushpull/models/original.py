@@ -124,13 +124,16 @@ def read_original_checkpoint(path: str) -> OriginalCheckpoint:
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
         raise InputError(f'{path} is not a checkpoint of the original code: it lacks state_dict or hyper_parameters.')
     settings, state_dict = (checkpoint[part] for part in parts)
-    if not {'conv1.bias', 'bn.running_mean', 'classifier.weight'} <= state_dict.keys() or 'model' not in settings:
-        raise InputError(
-            f'{path} is not a ResNet of the original code: it lacks conv1.bias, bn.running_mean, classifier.weight '
-            "or hyper_parameters['model']."
-        )
+    push_pull = 'conv1.push_conv.weight' in state_dict
+    fixed_alpha = push_pull and 'conv1.pull_inhibition_strength' not in state_dict
+    stem = 'conv1.push_conv.weight' if push_pull else 'conv1.weight'
+    missing = [name for name in (stem, 'conv1.bias', 'bn.running_mean', 'classifier.weight') if name not in state_dict]
+    used = ['model', *['avg_kernel_size'] * push_pull, *['pull_inhibition_strength'] * fixed_alpha]
+    missing += [f"hyper_parameters['{name}']" for name in used if name not in settings]
+    if missing:
+        raise InputError(f'{path} is not a ResNet of the original code: it lacks {", ".join(missing)}.')
 
-    weight = state_dict.get('conv1.push_conv.weight', state_dict.get('conv1.weight'))
+    weight = state_dict[stem]
     cifar = weight.shape[-1] == 3
     architecture = f'pp_{settings["model"]}' + ('_cifar' if cifar else '')
     # The default cfg of the other networks is that of timm's weights.
@@ -141,12 +144,12 @@ def read_original_checkpoint(path: str) -> OriginalCheckpoint:
     model_args: dict[str, Any] = dict(
         in_chans=weight.shape[1],
         num_classes=state_dict['classifier.weight'].shape[0],
-        push_pull='conv1.push_conv.weight' in state_dict,
+        push_pull=push_pull,
     )
-    if model_args['push_pull']:
+    if push_pull:
         model_args.update(avg_pool_size=settings['avg_kernel_size'] or 0)
-        if 'conv1.pull_inhibition_strength' not in state_dict:
-            model_args.update(alpha=float(settings['pull_inhibition_strength']), trainable_alpha=False)
+    if fixed_alpha:
+        model_args.update(alpha=float(settings['pull_inhibition_strength']), trainable_alpha=False)
     return OriginalCheckpoint(architecture, model_args, pretrained_cfg, state_dict, left_out)
 
 
