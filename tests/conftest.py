@@ -47,6 +47,12 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Reports whose plots are made but not drawn: the pixels take most of the time of a page."""
+    monkeypatch.setattr('timm_pushpull.robustness.report.to_png', lambda figure: b'')
+
+
 def save_plain(name: str, folder: Path) -> None:
     """Save a plain network of timm as a repository on the Hub has it, with random weights and statistics."""
     import timm

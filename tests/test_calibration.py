@@ -156,7 +156,7 @@ def test_the_reliability_diagram_has_the_bins(tmp_path):
     assert plot_reliability({'a': {('clean', 0): many}}) is None
 
 
-def test_the_page_has_the_calibration(tmp_path):
+def test_the_page_has_the_calibration(tmp_path, undrawn):
     pytest.importorskip('matplotlib')
     from test_report import Page
 

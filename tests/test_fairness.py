@@ -103,7 +103,7 @@ def test_stored_corruptions_are_cropped_as_imagenet_c(tmp_path):
     assert write('generated', passes) == write('without clean', passes[1:], stored_as=folders) == []
 
 
-def test_the_command_and_the_page_say_it(tmp_path, capsys):
+def test_the_command_and_the_page_say_it(tmp_path, undrawn, capsys):
     """The recipe is in the checkpoint or beside it, the stored corruptions are not cropped."""
     pytest.importorskip('matplotlib')
     data = write_images(tmp_path / 'data', 'abcd', images=2)

@@ -60,7 +60,7 @@ def test_other_corruptions_have_a_mean_of_their_own(tmp_path):
     assert (a['plain_mCE'], a['other_mCE']) == ('', 90)
 
 
-def test_the_page_has_other_corruptions(tmp_path):
+def test_the_page_has_other_corruptions(tmp_path, undrawn):
     pytest.importorskip('matplotlib')
     from test_report import Page
 

@@ -12,8 +12,9 @@ from PIL import Image
 from test_results import FIVE, write_results
 
 from timm_pushpull.cli import main
+from timm_pushpull.drawing import to_png
 from timm_pushpull.files import atomic_write
-from timm_pushpull.robustness import page, plots, summary
+from timm_pushpull.robustness import page, plots, report, summary
 from timm_pushpull.robustness.intervals import columns_of
 from timm_pushpull.robustness.metrics import TEST_CORRUPTIONS
 from timm_pushpull.robustness.plots import (
@@ -38,6 +39,7 @@ from timm_pushpull.robustness.summary import write_summary
 
 to_hex = pytest.importorskip('matplotlib.colors').to_hex
 pytest.importorskip('scipy')
+pytestmark = pytest.mark.usefixtures('undrawn')
 PASSES = [(name, severity) for name in TEST_CORRUPTIONS for severity in FIVE]
 PLOTS = {
     'reliability.png',
@@ -63,6 +65,12 @@ def write_finished(folder, errors=None, baseline='plain <1>', **protocol):
         atomic_write(folder / 'examples' / f'{corruption}-4.png', content.getvalue())
     write_summary(folder, baseline)
     return folder
+
+
+@pytest.fixture
+def drawn(undrawn, monkeypatch):
+    """Reports with the pixels of their plots."""
+    monkeypatch.setattr(report, 'to_png', to_png)
 
 
 class Page(html.parser.HTMLParser):
@@ -95,7 +103,7 @@ class Page(html.parser.HTMLParser):
         return [' '.join(row).strip() for row in self.rows if row and row[0].strip() == start]
 
 
-def test_the_page_holds_the_figures_and_needs_no_other_file(tmp_path):
+def test_the_page_holds_the_figures_and_needs_no_other_file(drawn, tmp_path):
     path = write_report([write_finished(tmp_path / 'results')], tmp_path / 'page')
     page = Page(path)
     assert {p.name for p in (tmp_path / 'page').iterdir()} == {'report.html', *PLOTS}
@@ -553,7 +561,7 @@ def test_names_in_the_plot_of_pairs_do_not_hide_each_other():
     assert not any(box.contains(*axes.transData.transform(point)) for box in boxes for point in points)
 
 
-def test_names_with_colons_can_be_paired(tmp_path):
+def test_names_with_colons_can_be_paired(drawn, tmp_path):
     folder = write_finished(tmp_path / 'results', {'hf-hub:o/a@1': (2, 5), 'local-dir:b': (3, 4)}, baseline=None)
     page = Page(write_report([folder], tmp_path / 'page', pairs=['hf-hub:o/a:local-dir:b']))
     assert page.row('points') == ['points  local-dir:b minus hf-hub:o/a@1'] and page.row('E')[0].startswith('E  10.0')
@@ -571,7 +579,7 @@ def test_names_of_a_pair_must_be_known_and_of_one_protocol(tmp_path):
     assert {path.name for path in (tmp_path / 'page').glob('*pairs.png')} == {'1-pairs.png', '2-pairs.png'}
 
 
-def test_a_summary_has_the_tables_and_the_plots_of_its_numbers(tmp_path):
+def test_a_summary_has_the_tables_and_the_plots_of_its_numbers(drawn, tmp_path):
     errors = {'plain@1': (2, 5), 'plain@2': (4, 6), 'pp@1': (3, 4), 'pp@2': (2, 7)}
     folder = write_finished(tmp_path / 'results', errors, baseline='plain')
     whole = Page(write_report([folder], tmp_path / 'whole'))

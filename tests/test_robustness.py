@@ -308,7 +308,7 @@ def test_two_processes_that_join_a_folder_lose_nothing(data, tmp_path):
         assert {row['model'] for row in csv.DictReader(file)} == models
 
 
-def test_names_of_files_may_be_any_bytes(data, tmp_path):
+def test_names_of_files_may_be_any_bytes(data, tmp_path, undrawn):
     pytest.importorskip('matplotlib')
     folder = shutil.copytree(data, tmp_path / 'data') / 'validation' / '1'
     os.rename(folder / '3.png', os.fsencode(folder) + b'/2caf\xe9.png')

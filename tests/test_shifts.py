@@ -145,7 +145,7 @@ def test_a_folder_of_another_shift_is_refused(tmp_path):
         shift_rows(tmp_path)
 
 
-def test_the_page_has_the_shifts(tmp_path):
+def test_the_page_has_the_shifts(tmp_path, undrawn):
     pytest.importorskip('matplotlib')
     from test_report import Page
 
@@ -160,7 +160,7 @@ def test_the_page_has_the_shifts(tmp_path):
     assert any('natural shift sketch <1>, without corruptions' in text for text in alone.texts)
 
 
-def test_the_page_has_the_shifts_over_training_runs(tmp_path, monkeypatch):
+def test_the_page_has_the_shifts_over_training_runs(tmp_path, undrawn, monkeypatch):
     pytest.importorskip('matplotlib')
     from test_report import Page
 
