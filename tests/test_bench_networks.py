@@ -1,4 +1,5 @@
 import csv
+import itertools
 
 import pytest
 
@@ -24,11 +25,10 @@ USES = ('inference', 'training')
 def test_memory_of_the_stem(monkeypatch):
     for module in (chunked, stem):
         monkeypatch.setattr(module, 'CHUNK_BYTES', 1 << 20)  # an image
-    for row in bench_networks(['resnet18'], 8, 128, 1):
-        if row.what == 'stem':
-            # The reference holds several maps more; the fast version works in chunks of the batch.
-            limit = 1 if row.use == 'inference' else 1.5
-            assert row.memory_ratio < limit < row.reference_memory_ratio
+    for row in itertools.islice(bench_networks(['resnet18'], 8, 128, 1), 4):
+        # The reference holds several maps more; the fast version works in chunks of the batch.
+        limit = 1 if row.use == 'inference' else 1.5
+        assert row.what == 'stem' and row.memory_ratio < limit < row.reference_memory_ratio
 
 
 def test_every_way_is_measured_as_often(monkeypatch):
