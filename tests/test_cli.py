@@ -96,7 +96,7 @@ def test_command_is_installed():
     command = Path(sys.executable).with_name('timm-pushpull')
     result = subprocess.run([command, '--help'], capture_output=True, text=True, check=True)
     assert 'demo' in result.stdout
-    result = subprocess.run([command, 'import-original', 'missing.ckpt', 'new'], capture_output=True, text=True)
+    result = subprocess.run([command, 'recipes', 'missing'], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith('timm-pushpull: ') and result.stderr.count('\n') == 1
 
 
