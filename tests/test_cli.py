@@ -41,7 +41,7 @@ def test_demo_runs_in_one_thread(tmp_path, monkeypatch):
         threads.append(torch.get_num_threads())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, '_train', stop)
+    monkeypatch.setattr(demo, '_write_digits', stop)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
