@@ -387,7 +387,7 @@ def test_a_server_that_is_down(published, local, images, impatient, nowhere, mon
 
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
     nowhere(published)
-    refused(REPO_ID, 'cannot be reached, and the cache does not have them')
+    refused(REPO_ID, f'{published.url} cannot be reached, and the cache does not have them')
     monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
     assert works(local, images)
 
