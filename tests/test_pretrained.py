@@ -195,24 +195,6 @@ def test_settings_that_the_weights_were_trained_with_may_be_given():
         timm.create_model(name, pretrained=True, pull_kernel='inverted')
 
 
-def test_a_program_that_imports_only_timm(published, tmp_path):
-    code = """
-        import timm, torch
-        model = timm.create_model('pp_resnet18', pretrained=True, num_classes=10)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        before = model.conv1.alpha.tolist()
-        torch.nn.functional.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.tensor([3, 7])).backward()
-        optimizer.step()
-        assert model.conv1.alpha.tolist() != before == [0.5] * 64
-        features = timm.create_model('pp_resnet18', pretrained=True, features_only=True)
-        assert [each.shape[1] for each in features(torch.randn(1, 3, 64, 64))] == [64, 64, 128, 256, 512]
-    """
-    run = [sys.executable, '-c', textwrap.dedent(code)]
-    result = subprocess.run(run, env={**os.environ, 'HF_HOME': str(tmp_path)}, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stderr.count('Fine-tune the network before use') == 2, result.stderr
-    assert len(published.downloads()) == 1
-
-
 def test_without_a_network(hub, monkeypatch, tmp_path):
     """One short error, at once, that names what works."""
     code = """

@@ -73,8 +73,9 @@ def test_python_runs(hub, tmp_path):
     hub.host(weights, tmp_path / 'plain')
     run = [sys.executable, '-c', program.replace('torch.rand(8, 3, 224, 224)', 'torch.rand(8, 3, 64, 64)')]
     environment = {**os.environ, 'HF_HOME': str(tmp_path / 'home')}
-    printed = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
-    assert printed.startswith('tensor([[') and len(hub.downloads()) == 1
+    result = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith('tensor([[') and len(hub.downloads()) == 1
+    assert result.stderr.count('Fine-tune the network before use') == 1
 
 
 @pytest.mark.slow
