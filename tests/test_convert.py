@@ -16,7 +16,6 @@ from timm_pushpull import PushPullConv2d, convert_to_push_pull, push_pull_conv2d
         'efficientnet_b0',
         'regnetx_002',
         'mobilenetv3_small_050',
-        'vgg11',
         'test_resnet',
         'densenet121',
     ],

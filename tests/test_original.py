@@ -225,7 +225,7 @@ def test_pretrained_weights_are_adapted(tmp_path):
         ('resnet34', dict(), ['layer1.2.bn1.bias']),
         ('resnet50', dict(), ['layer1.0.bn3.bias']),
         ('resnet18d', dict(), ['conv1.0.weight', 'conv1.weight']),
-        ('vgg11', dict(), ['features.0.bias', 'bn1.bias']),
+        ('test_convnext', dict(), ['bn1.bias']),
         ('pp_resnet18', dict(push_pull=False), ['conv1.alpha']),
         ('pp_resnet18', dict(alpha=1.0, trainable_alpha=False), ['conv1.alpha']),
     ],
