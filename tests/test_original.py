@@ -223,7 +223,6 @@ def test_pretrained_weights_are_adapted(tmp_path):
     'source, kwargs, keys',
     [
         ('resnet34', dict(), ['layer1.2.bn1.bias']),
-        ('resnet50', dict(), ['layer1.0.bn3.bias']),
         ('resnet18d', dict(), ['conv1.0.weight', 'conv1.weight']),
         ('test_convnext', dict(), ['bn1.bias']),
         ('pp_resnet18', dict(push_pull=False), ['conv1.alpha']),
