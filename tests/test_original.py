@@ -67,7 +67,7 @@ def save_original(stem, path, **hyper_parameters):
     model = OriginalResNet(stem, num_classes=10)
     with torch.no_grad():
         for _ in range(2):
-            model(torch.randn(8, 3, 64, 64))  # running statistics other than the initial ones
+            model(torch.randn(2, 3, 64, 64))  # running statistics other than the initial ones
         for block in (model.layer1[0], model.layer4[1]):
             block.bn2.weight.fill_(1)
     torch.save(
