@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from timm_pushpull import convert_to_push_pull
 
 NAME = 'pp_resnet18'
+SMALL = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
 # Settings of the training, settings of the model, what the error says of both.
 MISMATCHES = [
     (dict(avg_pool_size=5), {}, 'trained with avg_pool_size=5, the model has avg_pool_size=3'),
@@ -45,7 +46,7 @@ mismatches = pytest.mark.parametrize('trained, given, message', MISMATCHES)
 
 
 def create(name=NAME, **settings):
-    return timm.create_model(name, num_classes=3, **settings).eval()
+    return timm.create_model(name, num_classes=3, **SMALL, **settings).eval()
 
 
 @mismatches
@@ -84,7 +85,7 @@ def test_state_dicts_without_settings_load_as_they_are(trained, given, message):
 
 
 def test_plain_networks_have_no_settings_and_exchange_weights_with_timm():
-    plain, ours = timm.create_model('resnet18', num_classes=3), create(push_pull=False)
+    plain, ours = create('resnet18'), create(push_pull=False)
     assert list(ours.state_dict()) == list(plain.state_dict())
     ours.load_state_dict(plain.state_dict())
     plain.load_state_dict(ours.state_dict())
@@ -143,8 +144,7 @@ def test_copies_casts_averages_and_devices_keep_the_settings(tmp_path):
     for _ in range(100):  # both average the bytes of the buffers too
         second.update(model)
         of_torch.update_parameters(model)
-    meta = timm.create_model(NAME, num_classes=3, avg_pool_size=5, contrast_norm=True, device='meta')
-    meta = meta.to_empty(device='cpu')
+    meta = create(avg_pool_size=5, contrast_norm=True, device='meta').to_empty(device='cpu')
     meta.load_state_dict(model.state_dict())
     averages = (average.module for average in (ema, foreach, second, of_torch))
     for other in (copy.deepcopy(model), copy.deepcopy(model).half(), *averages, meta):
