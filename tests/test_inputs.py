@@ -16,7 +16,8 @@ from timm_pushpull.robustness.classes import label_names
 from timm_pushpull.robustness.inputs import load_models
 from timm_pushpull.robustness.labels import find_model_classes
 
-SMALL = dict(num_classes=3)
+NETWORK = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+SMALL = dict(num_classes=3, **NETWORK)
 
 
 def write_images(folder):
@@ -110,7 +111,7 @@ def test_the_ema_weights_are_loaded_on_demand(tmp_path, checkpoint):
         ('test_resnet', dict(alpha=2), "test_resnet: .*unexpected keyword argument 'alpha'"),
         (
             'pp_resnet18',
-            dict(checkpoint='', num_classes=4),
+            dict(checkpoint='', num_classes=4, **NETWORK),
             'pp_resnet18 with .*plain.pth: .*size mismatch .*Give the num_classes and',
         ),
     ],
@@ -170,7 +171,9 @@ def test_labels_of_models(tmp_path, checkpoint, monkeypatch):
 
 OPTIONS = dict(
     model='pp_resnet18',
-    model_kwargs=dict(avg_pool_size=5, pull_kernel='negated', alpha=2.0, contrast_norm=True, augment='prime'),
+    model_kwargs=dict(
+        **NETWORK, avg_pool_size=5, pull_kernel='negated', alpha=2.0, contrast_norm=True, augment='prime'
+    ),
     num_classes=3,
     in_chans=None,
     gp='max',
