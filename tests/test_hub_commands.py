@@ -37,9 +37,10 @@ from timm_pushpull.weights import WEIGHTS, file_sha256
 
 CLASSES = ['n01440764', 'n02102040']
 TAG = 'pp_resnet18.pp5_r32_trial'
+SMALL = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 8, 8]}
 OPTIONS = {
     'model': 'pp_resnet18',
-    'model_kwargs': {'avg_pool_size': 5, 'augment': 'prime'},
+    'model_kwargs': {**SMALL, 'avg_pool_size': 5, 'augment': 'prime'},
     'num_classes': 2,
     'input_size': [3, 32, 32],
     'crop_pct': 1.0,
@@ -57,7 +58,7 @@ def run(tmp_path_factory):
     """A run of train.py: a checkpoint with its options, and the options beside it."""
     folder = tmp_path_factory.mktemp('run')
     torch.manual_seed(0)
-    model = timm.create_model('pp_resnet18', num_classes=2, avg_pool_size=5)
+    model = timm.create_model('pp_resnet18', num_classes=2, avg_pool_size=5, **SMALL)
     averaged = copy.deepcopy(model)
     with torch.no_grad():
         averaged.fc.bias.add_(1)
@@ -258,9 +259,9 @@ def test_the_license_is_that_of_the_initial_weights(name, start, license, tmp_pa
     in_metadata = f'license: {license}\n' if 'dinov3' not in license else f'license: other\nlicense_name: {license}\n'
     assert f'\n{in_metadata}' in card and f'## Licence\n{license}. ' in card
     assert _license({'pretrained': True}, None) == 'unknown'  # timm names none for some weights
-
     assert _license({'pretrained': True, 'pretrained_path': '/runs/net.safetensors'}, 'cc-by-nc-4.0') == 'unknown'
     assert _license({}, 'cc-by-nc-4.0') == 'apache-2.0'
+
 
 def test_the_card_tells_the_unit():
     model = PushPullConv2d(3, 4, 3)
@@ -529,7 +530,8 @@ def test_damaged_weights_are_replaced(run, tmp_path):
 def test_a_known_tag_is_of_its_own_network(run, tmp_path, capsys):
     arguments = ('export', run / 'last.pth.tar', '--output', tmp_path, '--name')
     error = fails(capsys, *arguments, 'pp_resnet18.pp3_r64_imagenette')
-    assert 'avg_pool_size=5, num_classes=2' in error and 'avg_pool_size=3, num_classes=10' in error
+    assert 'has avg_pool_size=5, ' in error and 'num_classes=2, but' in error
+    assert 'has avg_pool_size=3, num_classes=10: give another name' in error
 
 
 FAULTS = {
