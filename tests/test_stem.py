@@ -18,6 +18,10 @@ from timm_pushpull.ops import chunked
 STEM = ('conv1', 'bn1', 'act1', 'maxpool')
 
 
+def create(**settings):
+    return timm.create_model('pp_resnet18', layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), **settings)
+
+
 @pytest.fixture
 def chunks(monkeypatch):
     """Counts the batches whose stem was computed in chunks."""
@@ -36,7 +40,7 @@ def chunks(monkeypatch):
     ids=str,
 )
 def test_the_same_features(settings, memory_format, chunks):
-    model = timm.create_model('pp_resnet18', num_classes=10, **settings).to(memory_format=memory_format)
+    model = create(**settings).to(memory_format=memory_format)
     x = torch.randn(3, 3, 66, 50).to(memory_format=memory_format)
     with torch.no_grad():
         for _ in range(2):
@@ -55,19 +59,19 @@ def test_the_same_features(settings, memory_format, chunks):
 def test_modules_that_the_chunks_do_not_know_run_one_by_one(chunks):
     x = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
-        timm.create_model('pp_resnet18').train()(x)
-        timm.create_model('pp_resnet18', push_pull=False).eval()(x)
-        timm.create_model('pp_resnet18').eval()(x[:2])
-        model = timm.create_model('pp_resnet18').eval()
+        create().train()(x)
+        create(push_pull=False).eval()(x)
+        create().eval()(x[:2])
+        model = create().eval()
         model.bn1.train()
         model(x)
         model.bn1.eval()
-        normalized = timm.create_model('pp_resnet18').eval()
+        normalized = create().eval()
         add_contrast_norm(normalized.bn1)
         normalized(x)
-        timm.create_model('pp_resnet18', norm_layer=torch.nn.InstanceNorm2d).eval()(x)
+        create(norm_layer=torch.nn.InstanceNorm2d).eval()(x)
         for settings in ({'replace_stem_pool': True}, {'aa_layer': 'blur'}, {'act_layer': 'silu'}):
-            timm.create_model('pp_resnet18', **settings).eval()(x)
+            create(**settings).eval()(x)
         torch.jit.script(model)(x)
         torch.nn.utils.parametrize.register_parametrization(normalized.conv1, 'weight', torch.nn.Identity())
         normalized.bn1._forward_pre_hooks.clear()
@@ -141,7 +145,7 @@ def subclass(module, seen):
 @pytest.mark.parametrize('watch', [local_hook, local_pre_hook, global_hook, global_pre_hook, own_forward, subclass])
 @pytest.mark.parametrize('name', STEM)
 def test_what_a_user_puts_on_a_module_of_the_stem_is_called(name, watch, chunks):
-    model, x = timm.create_model('pp_resnet18', num_classes=10).eval(), torch.randn(3, 3, 64, 64)
+    model, x = create().eval(), torch.randn(3, 3, 64, 64)
     expected, seen = model(x), []
     with torch.no_grad():
         handle = watch(model.get_submodule(name), seen)
@@ -162,7 +166,7 @@ def test_flops_are_those_of_one_convolution_and_the_sum(settings, chunks):
             use()
         return counter.get_total_flops()
 
-    model = timm.create_model('pp_resnet18', num_classes=10, **settings).eval()
+    model = create(**settings).eval()
     conv, x = model.conv1, torch.randn(3, settings.get('in_chans', 3), 64, 48)
     pixels = 64 * 48 if 'stem_type' in settings else 32 * 24
     kernel, operation = conv.weight[0, 0].numel(), 2 * 3 * pixels
@@ -197,7 +201,7 @@ def test_compiled_it_is_one_node(chunks):
         graphs.append(graph)
         return graph
 
-    model, x = timm.create_model('pp_resnet18', num_classes=10).eval(), torch.randn(3, 3, 64, 64)
+    model, x = create().eval(), torch.randn(3, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
         found = torch.compile(model, fullgraph=True, backend=backend)(x)
