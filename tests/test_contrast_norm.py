@@ -10,11 +10,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm_pushpull import convert_to_push_pull
 from timm_pushpull.layers.contrast_norm import normalize_contrast
 
+SMALL = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+
 
 def pairs(**settings):
     """A network with the normalization, the same without it, images, and the images normalized in float64."""
-    model = timm.create_model('pp_resnet18', num_classes=5, contrast_norm=True, **settings).eval()
-    plain = timm.create_model('pp_resnet18', num_classes=5, **settings).eval()
+    model = timm.create_model('pp_resnet18', num_classes=5, contrast_norm=True, **SMALL, **settings).eval()
+    plain = timm.create_model('pp_resnet18', num_classes=5, **SMALL, **settings).eval()
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if key != 'settings'})
     x = torch.rand(3, 3, 64, 48) * torch.tensor([0.3, 1.0, 3.0]).view(-1, 1, 1, 1) - 0.5
     double = x.double()
@@ -37,7 +39,7 @@ def test_the_network_sees_normalized_images(settings):
 
 def test_features_are_those_of_normalized_images():
     model, plain, x, normalized = pairs()
-    wrapped = timm.create_model('pp_resnet18', contrast_norm=True, features_only=True).eval()
+    wrapped = timm.create_model('pp_resnet18', contrast_norm=True, features_only=True, **SMALL).eval()
     wrapped.load_state_dict({k: v for k, v in model.state_dict().items() if k[:3] != 'fc.'})
     expected = plain.forward_intermediates(normalized, intermediates_only=True)
     for features in (wrapped(x), model.forward_intermediates(x, intermediates_only=True)):
