@@ -235,10 +235,11 @@ def _tables_and_plots(
     sections = _write_plot(
         plots.plot_overview(shown, shown_shifts), output / f'{prefix}overview.png', captions['overview']
     )
+    measures = page.table(rows, ['model'], [*MEASURES])
     if means:
         sections += ['<h2>Over training runs</h2>', page.runs_table(means, rows), page.measure_notes(rows)]
     else:
-        sections += ['<h2>Measures</h2>', page.table(rows, ['model'], [*MEASURES]), page.measure_notes(rows)]
+        sections += ['<h2>Measures</h2>', measures, page.measure_notes(rows)]
     if shifts:
         sections += ['<h2>Natural shifts</h2>', page.shifts_table(shown_shifts)]
     baseline = rows[0]['baseline']
@@ -257,7 +258,7 @@ def _tables_and_plots(
     corruptions = plots.measured_corruptions(rows)
     sections.append(page.corruption_table(shown, corruptions))
     if means:
-        tables = [page.table(rows, ['model'], [*MEASURES]), *([page.shifts_table(shifts)] if shifts else [])]
+        tables = [measures, *([page.shifts_table(shifts)] if shifts else [])]
         tables.append(page.corruption_table(rows, corruptions))
         return [*sections, page.folded(f'The {len(rows)} single training runs', [*tables, *strips])]
     return [*sections, '<h2>Images and predictions</h2>', *strips] if strips else sections
