@@ -5,12 +5,11 @@ import copy
 import pytest
 import timm
 import torch
+from conftest import SMALL
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from timm_pushpull import convert_to_push_pull
 from timm_pushpull.layers.contrast_norm import normalize_contrast
-
-SMALL = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
 
 
 def pairs(**settings):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import SMALL
 from PIL import Image
 from timm.data import create_dataset
 
@@ -52,10 +53,9 @@ def results():
 
 X, WEIGHT, ALPHA = torch.randn(2, 3, 9, 8), torch.randn(8, 3, 3, 3), torch.rand(8)
 IMAGES = torch.rand(2, 3, 96, 96)
-SMALL = dict(num_classes=3, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
 NETWORKS = [
-    timm.create_model('pp_resnet18', contrast_norm=True, **SMALL),
-    timm.create_model('pp_resnet18', alpha=0.3, trainable_alpha=False, **SMALL),
+    timm.create_model('pp_resnet18', num_classes=3, contrast_norm=True, **SMALL),
+    timm.create_model('pp_resnet18', num_classes=3, alpha=0.3, trainable_alpha=False, **SMALL),
 ]
 
 

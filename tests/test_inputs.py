@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import SMALL
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
@@ -16,8 +17,7 @@ from timm_pushpull.robustness.classes import label_names
 from timm_pushpull.robustness.inputs import load_models
 from timm_pushpull.robustness.labels import find_model_classes
 
-NETWORK = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
-SMALL = dict(num_classes=3, **NETWORK)
+THREE = dict(num_classes=3, **SMALL)
 
 
 def write_images(folder):
@@ -31,7 +31,7 @@ def write_images(folder):
 def checkpoint(tmp_path):
     """Weights of a plain network, which have no alpha."""
     torch.manual_seed(0)
-    torch.save(timm.create_model('pp_resnet18', push_pull=False, **SMALL).state_dict(), tmp_path / 'plain.pth')
+    torch.save(timm.create_model('pp_resnet18', push_pull=False, **THREE).state_dict(), tmp_path / 'plain.pth')
     return tmp_path / 'plain.pth'
 
 
@@ -78,19 +78,19 @@ def test_a_class_map_that_timm_would_ignore_is_refused(tmp_path):
 
 def test_a_random_alpha_is_refused(checkpoint):
     with pytest.raises(ValueError, match='plain.pth holds no alpha, and pp_resnet18 would keep a random one: give'):
-        load_model('pp_resnet18', checkpoint, **SMALL)
+        load_model('pp_resnet18', checkpoint, **THREE)
     weights = torch.load(checkpoint)
     for settings in (dict(alpha=0.5), dict(alpha=0.5, trainable_alpha=False), dict(push_pull=False)):
-        model = load_model('pp_resnet18', checkpoint, **SMALL, **settings)
+        model = load_model('pp_resnet18', checkpoint, **THREE, **settings)
         assert torch.equal(model.conv1.weight, weights['conv1.weight'])
         if 'alpha' in settings:
             assert torch.as_tensor(model.conv1.alpha).unique().item() == 0.5
 
 
 def test_the_alpha_of_a_checkpoint_is_loaded(tmp_path):
-    model = timm.create_model('pp_resnet18', **SMALL)
+    model = timm.create_model('pp_resnet18', **THREE)
     torch.save(model.state_dict(), tmp_path / 'pp.pth')
-    assert torch.equal(load_model('pp_resnet18', tmp_path / 'pp.pth', **SMALL).conv1.alpha, model.conv1.alpha)
+    assert torch.equal(load_model('pp_resnet18', tmp_path / 'pp.pth', **THREE).conv1.alpha, model.conv1.alpha)
 
 
 def test_the_ema_weights_are_loaded_on_demand(tmp_path, checkpoint):
@@ -98,7 +98,7 @@ def test_the_ema_weights_are_loaded_on_demand(tmp_path, checkpoint):
     averaged = {**plain, 'fc.bias': plain['fc.bias'] + 1}
     torch.save({'state_dict': plain, 'state_dict_ema': averaged}, tmp_path / 'both.pth')
     for use_ema, weights in ((False, plain), (True, averaged)):
-        model = load_model('pp_resnet18', tmp_path / 'both.pth', use_ema, push_pull=False, **SMALL)
+        model = load_model('pp_resnet18', tmp_path / 'both.pth', use_ema, push_pull=False, **THREE)
         assert torch.equal(model.fc.bias, weights['fc.bias'])
 
 
@@ -111,7 +111,7 @@ def test_the_ema_weights_are_loaded_on_demand(tmp_path, checkpoint):
         ('test_resnet', dict(alpha=2), "test_resnet: .*unexpected keyword argument 'alpha'"),
         (
             'pp_resnet18',
-            dict(checkpoint='', num_classes=4, **NETWORK),
+            dict(checkpoint='', num_classes=4, **SMALL),
             'pp_resnet18 with .*plain.pth: .*size mismatch .*Give the num_classes and',
         ),
     ],
@@ -150,7 +150,7 @@ class ImagesOf(NamedTuple):
 
 
 def test_labels_of_models(tmp_path, checkpoint, monkeypatch):
-    options = dict(push_pull=False, **SMALL)
+    options = dict(push_pull=False, **THREE)
     names = ['pp_resnet18', 'first=pp_resnet18', 'pp@2=pp_resnet18']
     assert list(load_models(names, [checkpoint] * 3, **options)) == ['pp_resnet18', 'first', 'pp@2']
     for twice in (['pp_resnet18'] * 2, ['a=pp_resnet18', 'a=pp_resnet34']):
@@ -163,7 +163,7 @@ def test_labels_of_models(tmp_path, checkpoint, monkeypatch):
     # A path may hold an equals sign.
     torch.manual_seed(0)
     timm.models.save_for_hf(
-        timm.create_model('pp_resnet18', **SMALL), str(tmp_path / 'tag=1'), model_args=SMALL, safe_serialization=True
+        timm.create_model('pp_resnet18', **THREE), str(tmp_path / 'tag=1'), model_args=THREE, safe_serialization=True
     )
     name = f'local-dir:{tmp_path}/tag=1'
     assert list(load_models([name, f'label={name}'])) == [name, 'label']
@@ -171,9 +171,7 @@ def test_labels_of_models(tmp_path, checkpoint, monkeypatch):
 
 OPTIONS = dict(
     model='pp_resnet18',
-    model_kwargs=dict(
-        **NETWORK, avg_pool_size=5, pull_kernel='negated', alpha=2.0, contrast_norm=True, augment='prime'
-    ),
+    model_kwargs=dict(**SMALL, avg_pool_size=5, pull_kernel='negated', alpha=2.0, contrast_norm=True, augment='prime'),
     num_classes=3,
     in_chans=None,
     gp='max',
@@ -190,7 +188,7 @@ LEFT_OUT = dict(input_size=None, crop_pct=None, interpolation='', mean=None, std
 def save_training(path, **changes):
     """Write a checkpoint as train.py does, with its options inside."""
     options = {**OPTIONS, **changes}
-    model = timm.create_model('pp_resnet18', avg_pool_size=5, pull_kernel='negated', contrast_norm=True, **SMALL)
+    model = timm.create_model('pp_resnet18', avg_pool_size=5, pull_kernel='negated', contrast_norm=True, **THREE)
     torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(**options)}, path)
     return model.eval()
 
@@ -287,4 +285,4 @@ def test_a_file_without_weights_is_refused(content, tmp_path):
 
 def test_ema_weights_that_are_not_there_are_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match='plain.pth holds no EMA weights'):
-        load_model('pp_resnet18', checkpoint, use_ema=True, push_pull=False, **SMALL)
+        load_model('pp_resnet18', checkpoint, use_ema=True, push_pull=False, **THREE)

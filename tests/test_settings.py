@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+from conftest import SMALL
 from safetensors.torch import load_file, save_file
 from timm.models import load_checkpoint
 from timm.utils import ModelEmaV2, ModelEmaV3
@@ -15,7 +16,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from timm_pushpull import convert_to_push_pull
 
 NAME = 'pp_resnet18'
-SMALL = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
 # Settings of the training, settings of the model, what the error says of both.
 MISMATCHES = [
     (dict(avg_pool_size=5), {}, 'trained with avg_pool_size=5, the model has avg_pool_size=3'),

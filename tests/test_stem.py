@@ -7,6 +7,7 @@ import types
 import pytest
 import timm
 import torch
+from conftest import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_pushpull import PushPullConv2d
@@ -19,7 +20,7 @@ STEM = ('conv1', 'bn1', 'act1', 'maxpool')
 
 
 def create(**settings):
-    return timm.create_model('pp_resnet18', layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), **settings)
+    return timm.create_model('pp_resnet18', **SMALL, **settings)
 
 
 @pytest.fixture
